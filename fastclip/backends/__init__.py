@@ -1,0 +1,66 @@
+"""The table of backends and the choice among them.
+
+A backend is a module with `similarity_sums`, `similarity_sums_backward`, `similarity_ranks` (contracts: ops.py) and
+`why_not(x)`: None where it can run x, else the reason in one sentence. Modules are imported when first asked for,
+so that a machine without Triton, a compiler or a GPU still runs.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+# Fastest first: backend=None takes the first that can run the tensors at hand.
+NAMES = ("cpu", "eager")
+
+_default: str | None = None
+
+
+def available_backends(x: Tensor | None = None) -> list[str]:
+    """Names of the backends that can run here (on x, where given), fastest first."""
+    return [name for name in NAMES if _load(name).why_not(x) is None]
+
+
+def set_backend(name: str | None) -> None:
+    """Use this backend wherever a call does not name one; None restores the automatic choice.
+
+    Raises ValueError for an unknown name and RuntimeError, with the reason, for one that cannot run on this machine.
+    """
+    global _default
+    if name is not None:
+        _require(name, None)
+    _default = name
+
+
+def choose(x: Tensor, name: str) -> ModuleType:
+    """The module that runs x: the named one ("" = no wish), else set_backend's, else the first that can."""
+    wish = name or _default
+    if wish:
+        return _require(wish, x)
+    return next(module for module in map(_load, NAMES) if module.why_not(x) is None)
+
+
+def report() -> str:
+    """What `fastclip env` prints: one line a backend, with the reason where it cannot run."""
+    lines = []
+    for name in NAMES:
+        module = _load(name)
+        reason = module.why_not(None)
+        lines.append(f"  {name:8s} {'yes: ' + module.describe() if reason is None else 'no:  ' + reason}")
+    return "\n".join(lines)
+
+
+def _require(name: str, x: Tensor | None) -> ModuleType:
+    if name not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {name!r}")
+    module = _load(name)
+    reason = module.why_not(x)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
+    return module
+
+
+@functools.cache
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"fastclip.backends.{name}")

@@ -1,0 +1,3 @@
+"""stub"""
+def why_not(x): return "being written"
+def describe(): return ""

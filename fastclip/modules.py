@@ -1,0 +1,72 @@
+"""nn.Modules that take the place of OpenCLIP's losses: same constructor, same forward, same results.
+
+Legend: image_features, text_features [N, D], as the model returns them (OpenCLIP's models normalise themselves).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastclip.loss import clip_loss
+
+
+class ClipLoss(nn.Module):
+    """OpenCLIP's ClipLoss (3.3 and newer) without the N x N logits.
+
+    local_loss, gather_with_grad, cache_labels, rank, world_size and use_horovod are accepted as OpenCLIP's
+    constructor has them; world_size > 1 raises NotImplementedError until the sharded loss is built.
+    backend: as in `clip_loss`.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if world_size != 1:
+            raise NotImplementedError(f"ClipLoss over several processes is not built yet, got world_size={world_size}")
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, 0-d, or {"contrastive_loss": loss} with output_dict. logit_scale is already exponentiated."""
+        loss = clip_loss(image_features, text_features, logit_scale, normalize=False, backend=self.backend)
+        if logit_bias is not None:
+            # A constant on every logit cancels in a softmax: it changes no value, and its gradient is exactly 0.
+            loss = loss + 0.0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """[num_logits] int64: the column of each row's positive, for subclasses that build their own logits."""
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Dense [N, N] logits of both directions, for OpenCLIP's subclasses; the loss itself never calls this."""
+        logits = logit_scale * image_features @ text_features.T
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        return logits, logits.T
