@@ -90,7 +90,7 @@ def clip_loss(
     loss = _reduce(losses, weight, reduction)
     if not return_stats:
         return loss
-    ranks = ops.similarity_ranks(image, text, scale, positive, normalize, backend)
+    ranks = ops.similarity_ranks(image, text, scale, positive, positive, normalize, backend)
     return loss, _stats(row_gap.detach(), col_gap.detach(), pos.detach(), *ranks)
 
 

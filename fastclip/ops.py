@@ -27,7 +27,7 @@ _lib.define(
     " -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)"
 )
 _lib.define(
-    "similarity_ranks(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend)"
+    "similarity_ranks(Tensor x, Tensor y, Tensor scale, Tensor rows, Tensor cols, bool normalize, str backend)"
     " -> (Tensor row_rank, Tensor col_rank)"
 )
 
@@ -40,10 +40,14 @@ def similarity_sums(
 
 
 def similarity_ranks(
-    x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, backend: str | None
+    x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """int64 [N] twice: how many entries of the row, and of the positive's column, exceed pos_i. No gradient."""
-    args = (x.detach(), y.detach(), scale.detach(), positive, normalize, backend or "")
+    """row_rank [N] and col_rank [M], int64: how many entries of a row (column) of S beat its best correct one.
+
+    The correct pairs are (rows[n], cols[n]), int64 [P]. Beats: is not less than or equal, so that a NaN never passes
+    for a hit. A row or column without a correct pair is beaten by all its entries. No gradient.
+    """
+    args = (x.detach(), y.detach(), scale.detach(), rows, cols, normalize, backend or "")
     return torch.ops.fastclip.similarity_ranks(*args)
 
 
@@ -101,8 +105,8 @@ def _sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normali
     return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs)
 
 
-def _ranks(x, y, scale, positive, normalize, backend):
-    return backends.choose(x, backend).similarity_ranks(x, y, scale, positive, normalize)
+def _ranks(x, y, scale, rows, cols, normalize, backend):
+    return backends.choose(x, backend).similarity_ranks(x, y, scale, rows, cols, normalize)
 
 
 def _fake_sums(x, y, scale, positive, normalize, backend):
@@ -122,9 +126,9 @@ def _fake_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, no
     )
 
 
-def _fake_ranks(x, y, scale, positive, normalize, backend):
-    _same_device(x, y, scale, positive)
-    return torch.empty_like(positive), torch.empty_like(positive)
+def _fake_ranks(x, y, scale, rows, cols, normalize, backend):
+    _same_device(x, y, scale, rows, cols)
+    return rows.new_empty(x.shape[0]), cols.new_empty(y.shape[0])
 
 
 def _vmap_by_loop(op):

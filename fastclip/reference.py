@@ -56,10 +56,11 @@ def clip_loss(
     return total / (len(S) if weight is None else weight.sum())
 
 
-def ranks(S: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """How many candidates score strictly above the positive: per row, and per positive's column, int64 [N]."""
-    pos = S[torch.arange(S.shape[0], device=S.device), positive]
-    return (S > pos[:, None]).sum(1), (S[:, positive] > pos[None, :]).sum(0)
+def ranks(S: Tensor, rows: Tensor, cols: Tensor) -> tuple[Tensor, Tensor]:
+    """How many entries of each row and column beat its best correct pair (rows[n], cols[n]): int64 [N] and [M]."""
+    correct = torch.full_like(S, -torch.inf)
+    correct[rows, cols] = S[rows, cols]
+    return (~(S <= correct.amax(1, keepdim=True))).sum(1), (~(S <= correct.amax(0))).sum(0)
 
 
 def _softplus(gap: Tensor) -> Tensor:

@@ -1,3 +1,137 @@
-"""stub"""
-def why_not(x): return "being written"
-def describe(): return ""
+"""The C++ kernels (csrc/cpu) on CPU tensors: allocates the buffers, calls the passes in order.
+
+Legend: x [N, D], y [M, D]. rows, columns: a matrix in the panels the kernels read (csrc/cpu/simd.h).
+Workspace: three packed copies of the features, 14 MiB for a wave of G, and partial sums of at most
+32 (N + M) float64. No result depends on the number of threads.
+"""
+
+import functools
+from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastclip.backends.shift import finite_or_zero, fixed_shift, needs_exact_path
+from fastclip.checks import accumulation_dtype
+
+BLOCK, GROUP_COLUMNS, MAX_GROUPS = 192, 64, 32  # csrc/cpu/problem.h's kBlock, ops.cpp's col_groups, kMaxGroups
+
+
+def why_not(x: Tensor | None) -> str | None:
+    if x is not None and x.device.type != "cpu":
+        return f"it runs on CPU tensors, got {x.device}"
+    return _load_error()
+
+
+def describe() -> str:
+    return f"C++ kernels, instruction set {_ops().isa()}, {torch.get_num_threads()} threads"
+
+
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool):
+    """The operator's contract: ops.py."""
+    S = _Similarity(x, y, scale, normalize)
+    return S.sums(positive.contiguous())
+
+
+def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs):
+    """Gradients of x, y and scale; an empty tensor where `needs` says no."""
+    S = _Similarity(x, y, scale, normalize, y_rows=True)
+    need_dx = needs[0] or needs[2]
+    dx = S.x.new_zeros(len(x) * S.width if need_dx else 0)
+    dy = S.x.new_zeros(len(y) * S.width if needs[1] else 0)
+    vectors = (v.contiguous() for v in (positive, row_shift, col_shift))
+    weights = (v.contiguous() for v in (a, b, d))
+    wave = S.x.new_empty(_ops().wave_elements())
+    _ops().gradients(*S.args, *vectors, S.y_rows, *weights, wave, dx, dy)
+    grad_x, inner = S.finish(S.x, S.x_length, dx, x, needs[0]) if need_dx else (x.new_empty(0), None)
+    grad_y = S.finish(S.y_rows, S.y_length, dy, y, True)[0] if needs[1] else y.new_empty(0)
+    grad_scale = inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
+    return grad_x, grad_y, grad_scale
+
+
+def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
+    """The operator's contract: ops.py."""
+    S = _Similarity(x, y, scale, normalize)
+    scores = S.x.new_empty(len(rows))
+    _ops().pair_scores(*S.args, rows.contiguous(), cols.contiguous(), scores)
+    thresholds = [
+        scores.new_full((n,), -torch.inf).scatter_reduce_(0, index, scores, "amax")
+        for n, index in ((len(x), rows), (len(y), cols))
+    ]
+    partials = S.partials(torch.int64)
+    ranks = rows.new_empty(len(x)), rows.new_empty(len(y))
+    _ops().ranks(*S.args, *thresholds, *partials, *ranks)
+    return ranks
+
+
+class _Similarity:
+    """Packed x^ and y^ of one call, and what the passes over them share."""
+
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool, y_rows: bool = False) -> None:
+        dtype = accumulation_dtype(x.dtype)
+        panel = _ops().panel(dtype == torch.float64)
+        self.n, self.m, self.d = len(x), len(y), x.shape[1]
+        self.width = -(-self.d // panel) * panel
+        self.scale, self.normalize = float(scale), normalize
+        empty = functools.partial(torch.empty, dtype=dtype)
+        self.x, self.x_length = empty(self.n * self.width), empty(self.n)
+        self.y_columns, self.y_length = empty(-(-self.m // panel) * panel * self.d), empty(self.m)
+        self.y_rows = empty(self.m * self.width if y_rows else 0)
+        _ops().pack(_rows_contiguous(x), normalize, self.x_length, self.x, empty(0))
+        _ops().pack(_rows_contiguous(y), normalize, self.y_length, self.y_rows, self.y_columns)
+        self.args = (self.x, self.y_columns, self.n, self.m, self.d, self.scale)
+
+    def sums(self, positive: Tensor) -> tuple[Tensor, ...]:
+        """row_sum, col_sum, row_shift, col_shift, pos."""
+        largest = 1.0 if self.normalize else self.x_length.max() * self.y_length.max()
+        shift = fixed_shift(torch.as_tensor(self.scale * largest, dtype=self.x.dtype), self.n, self.m)
+        row_shift, col_shift = shift.repeat(self.n), shift.repeat(self.m)
+        row_sum, col_sum, pos = self._sums(positive, row_shift, col_shift)
+        if needs_exact_path(row_sum, col_sum, self.n, self.m):
+            row_shift, col_shift = torch.empty_like(row_shift), torch.empty_like(col_shift)
+            _ops().maxima(*self.args, positive, *self.partials(self.x.dtype), row_shift, col_shift)
+            row_shift, col_shift = finite_or_zero(row_shift), finite_or_zero(col_shift)
+            row_sum, col_sum, pos = self._sums(positive, row_shift, col_shift)
+        return row_sum, col_sum, row_shift, col_shift, pos
+
+    def _sums(self, positive: Tensor, row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
+        _ops().sums(*self.args, positive, row_shift, col_shift, *self.partials(torch.float64), *out)
+        return out
+
+    def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scratch for [column groups, N] and [row groups, M] partial results."""
+        row_groups = min(MAX_GROUPS, -(-self.n // BLOCK))
+        col_groups = min(MAX_GROUPS, -(-self.m // GROUP_COLUMNS))
+        return torch.empty(col_groups * self.n, dtype=dtype), torch.empty(row_groups * self.m, dtype=dtype)
+
+    def finish(self, rows: Tensor, length: Tensor, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
+        """The gradient in x's dtype (in dx's own memory where it fits) and <x^, dx> [rows], float64."""
+        in_place = dx.dtype == x.dtype and self.width == self.d
+        grad = x.new_empty(0) if not want else dx.view(len(x), self.d) if in_place else x.new_empty(len(x), self.d)
+        inner = torch.empty(len(x), dtype=torch.float64)
+        _ops().finish(rows, length, dx, self.d, self.scale, self.normalize, grad, inner)
+        return grad, inner
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _ops():
+    return torch.ops.fastclip_cpu
+
+
+@functools.cache
+def _load_error() -> str | None:
+    """Loads the extension once; the reason where that fails."""
+    spec = PathFinder.find_spec("_C", [str(Path(__file__).parents[1])])
+    if spec is None or not str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES)):
+        return "the extension fastclip._C was not built (it needs a C++ compiler at install time)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the extension fastclip._C does not load: {error}"
+    return None

@@ -3,18 +3,16 @@
 Legend: x [N, D], y [M, D]; S [rows, M] one chunk of logits; p [rows] the positives' columns. Equations: docs/math.md.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastclip.backends.shift import finite_or_zero, fixed_shift, needs_exact_path
 from fastclip.checks import accumulation_dtype
 
 CHUNK_ELEMENTS = 2**22  # elements of one chunk of S: 16 MiB in float32; about three such chunks are alive at once
-SAFE_EXPONENT = 60.0  # every sum stays below e^60, and 1 / (N sum) stays a normal float32 (math.md, eq. 7)
-TINY_SUM = 1e-25  # below this the fixed shift may have lost negatives: take the exact path
 
 
 def why_not(x: Tensor | None) -> str | None:
@@ -28,7 +26,8 @@ def describe() -> str:
 def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool):
     """The operator's contract: ops.py."""
     xn, yn = _prepare(x, normalize)[0], _prepare(y, normalize)[0]
-    shift = fixed_shift(xn, yn, scale)
+    lengths = 1.0 if normalize else xn.norm(dim=1).max() * yn.norm(dim=1).max()
+    shift = fixed_shift(scale * lengths, len(x), len(y))
     row_shift, col_shift = shift.expand(len(x)).clone(), shift.expand(len(y)).clone()
     row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift)
     if needs_exact_path(row_sum, col_sum, len(x), len(y)):
@@ -60,30 +59,23 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     return grads
 
 
-def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool):
-    """How many negatives are not below the positive's score (NaN counts as above): per row, per positive's column."""
+def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
+    """The operator's contract: ops.py."""
     xn, yn = _prepare(x, normalize)[0], _prepare(y, normalize)[0]
-    pos = torch.cat([S.gather(1, p)[:, 0] for _, S, p in _chunks(xn, yn, scale, positive)])
-    row_rank = torch.empty_like(positive)
-    col_rank = torch.zeros_like(positive)
-    for rows, S, p in _chunks(xn, yn, scale, positive):
-        row_rank[rows] = (~(S <= pos[rows, None])).scatter_(1, p, False).sum(1)
-        above = ~(S[:, positive] <= pos)
-        above[torch.arange(len(S), device=S.device), torch.arange(len(x), device=S.device)[rows]] = False
-        col_rank += above.sum(0)
+    row_best = torch.full((len(x),), -torch.inf, dtype=xn.dtype, device=x.device)
+    col_best = torch.full((len(y),), -torch.inf, dtype=xn.dtype, device=x.device)
+    unused = rows.new_zeros(len(x))
+    for chunk, S, _ in _chunks(xn, yn, scale, unused):
+        here = (rows >= chunk.start) & (rows < chunk.stop)
+        scores = S[rows[here] - chunk.start, cols[here]]
+        row_best.scatter_reduce_(0, rows[here], scores, "amax")
+        col_best.scatter_reduce_(0, cols[here], scores, "amax")
+    row_rank = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    col_rank = torch.zeros(len(y), dtype=torch.int64, device=x.device)
+    for chunk, S, _ in _chunks(xn, yn, scale, unused):
+        row_rank[chunk] = (~(S <= row_best[chunk, None])).sum(1)
+        col_rank += (~(S <= col_best)).sum(0)
     return row_rank, col_rank
-
-
-def fixed_shift(xn: Tensor, yn: Tensor, scale: Tensor) -> Tensor:
-    """0-d: max(0, bound of |S| + log max(N, M) - 60), so that no sum exceeds e^60 (math.md, eq. 7)."""
-    bound = scale.abs() * xn.norm(dim=1).max() * yn.norm(dim=1).max()
-    return (bound + (math.log(max(len(xn), len(yn))) - SAFE_EXPONENT)).clamp_min(0.0)
-
-
-def needs_exact_path(row_sum: Tensor, col_sum: Tensor, rows: int, cols: int) -> bool:
-    """Whether a sum left the range where a fixed shift loses nothing."""
-    checked = [total for total, negatives in ((row_sum, cols - 1), (col_sum, rows - 1)) if negatives]
-    return any(not bool(((total >= TINY_SUM) & total.isfinite()).all()) for total in checked)
 
 
 def _prepare(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
@@ -124,15 +116,11 @@ def _negative_maxima(xn, yn, scale, positive):
         S.scatter_(1, p, -torch.inf)
         row_max[rows] = S.amax(1)
         col_max = torch.maximum(col_max, S.amax(0))
-    return _finite_or_zero(row_max), _finite_or_zero(col_max)
+    return finite_or_zero(row_max), finite_or_zero(col_max)
 
 
 def _is_one_shift(row_shift: Tensor, col_shift: Tensor) -> bool:
     return bool((row_shift == row_shift[0]).all() and (col_shift == row_shift[0]).all())
-
-
-def _finite_or_zero(shift: Tensor) -> Tensor:
-    return torch.where(shift == -torch.inf, 0.0, shift)
 
 
 def _unnormalize(grad: Tensor, xn: Tensor, inner: Tensor | None, length: Tensor | None, dtype: torch.dtype):

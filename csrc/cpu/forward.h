@@ -1,0 +1,170 @@
+// Reads x^ and y^, writes row_sum, col_sum and pos (math.md, eq. 2): one GEMM pass, one exp per entry shared by rows
+// and columns. Never holds S: a panel of it lives in L1 while it is summed.
+//
+// Deterministic: a task sums its own rows and columns in a fixed order into its own slice of the partial sums, which
+// are then added in a fixed order, whatever the number of threads.
+#pragma once
+#include "similarity.h"
+
+namespace fastclip {
+namespace FC_ISA {
+
+// Rows of a panel of exponentials, summed in float over at most this many panels before they go to double.
+constexpr int64_t kFlush = 64;
+
+// Puts zeros where the panel holds no negative: row i's positive and the columns beyond M. Keeps the positive's score.
+template <class T>
+static FC_INLINE void drop_non_negatives(const Similarity<T>& S, int64_t i, int64_t j0, const T* dots, T* first,
+                                         T* second, T* pos) {
+  constexpr int W = Simd<T>::kPanel;
+  const uint64_t lane = positive_lane(S, i, j0);
+  if (lane < uint64_t(W)) {
+    pos[i] = dots[lane] * S.scale;
+    first[lane] = second[lane] = T(0);
+  }
+  for (int64_t j = S.M - j0; j < W; ++j) first[j] = second[j] = T(0);
+}
+
+template <class T, bool kOneShift>
+static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* row_lanes,
+                      double* col_partial) {
+  typedef Simd<T> L;
+  typedef typename L::V V;
+  constexpr int W = L::kPanel, NV = kVectorsPerPanel;
+  const Similarity<T>& S = p.S;
+  V col[NV] = {}, col_shift[NV];
+  T tail_shift[W] = {};  // col_shift, with zeros beyond M
+  for (int64_t j = 0; j < smaller(W, S.M - j0); ++j) tail_shift[j] = S.col_shift[j0 + j];
+  for (int v = 0; v < NV; ++v) col_shift[v] = L::load(tail_shift + v * L::kLanes);
+  const bool is_ragged = j0 + W > S.M;
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = dots + r * W;
+    V by_row[NV], by_col[NV];
+    for (int v = 0; v < NV; ++v) {
+      const V s = L::load(row + v * L::kLanes) * S.scale;
+      by_row[v] = exp(s - S.row_shift[i0 + r]);
+      by_col[v] = kOneShift ? by_row[v] : exp(s - col_shift[v]);
+    }
+    if (is_ragged || positive_lane(S, i0 + r, j0) < uint64_t(W)) {
+      T first[W], second[W];
+      for (int v = 0; v < NV; ++v) {
+        L::store(first + v * L::kLanes, by_row[v]);
+        L::store(second + v * L::kLanes, by_col[v]);
+      }
+      drop_non_negatives(S, i0 + r, j0, row, first, second, p.pos);
+      for (int v = 0; v < NV; ++v) {
+        by_row[v] = L::load(first + v * L::kLanes);
+        by_col[v] = L::load(second + v * L::kLanes);
+      }
+    }
+    V total = L::load(row_lanes + r * L::kLanes);
+    for (int v = 0; v < NV; ++v) {
+      total += by_row[v];
+      col[v] += by_col[v];
+    }
+    L::store(row_lanes + r * L::kLanes, total);
+  }
+  for (int v = 0; v < NV; ++v) {
+    for (int l = 0; l < L::kLanes; ++l) {
+      const int64_t j = j0 + v * L::kLanes + l;
+      if (j < S.M) col_partial[j] += double(col[v][l]);
+    }
+  }
+}
+
+template <class T>
+static void sum_task(const Sums<T>& p, const Task& t) {
+  typedef Simd<T> L;
+  constexpr int W = L::kPanel;
+  const Similarity<T>& S = p.S;
+  double* row_partial = p.row_partial + t.col_group * S.N;
+  double* col_partial = p.col_partial + t.row_group * S.M;
+  T dots[kBlock * W], row_lanes[kBlock * L::kLanes];
+  for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = 0.0;
+
+  for (int64_t block = t.first_block; block < t.last_block; ++block) {
+    const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+    for (int64_t r = 0; r < rows; ++r) row_partial[i0 + r] = 0.0;
+    for (int64_t first = t.first_panel; first < t.last_panel; first += kFlush) {
+      for (int64_t i = 0; i < rows * L::kLanes; ++i) row_lanes[i] = T(0);
+      for (int64_t panel = first; panel < smaller(first + kFlush, t.last_panel); ++panel) {
+        dot_panel(S, block, panel, dots);
+        const auto sum = S.one_shift ? sum_panel<T, true> : sum_panel<T, false>;
+        sum(p, i0, rows, panel * W, dots, row_lanes, col_partial);
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        row_partial[i0 + r] += double(sum_of_lanes<T>(L::load(row_lanes + r * L::kLanes)));
+      }
+    }
+  }
+}
+
+template <class T>
+static void sums(const Sums<T>& p, ParallelFor run) {
+  parallel(run, p.row_groups * p.col_groups,
+           [&p](int64_t i) { sum_task(p, task_of(p.S, i, p.row_groups, p.col_groups)); });
+  const Similarity<T>& S = p.S;
+  for (int64_t i = 0; i < S.N; ++i) {
+    double total = 0.0;
+    for (int64_t g = 0; g < p.col_groups; ++g) total += p.row_partial[g * S.N + i];
+    p.row_sum[i] = T(total);
+  }
+  for (int64_t j = 0; j < S.M; ++j) {
+    double total = 0.0;
+    for (int64_t g = 0; g < p.row_groups; ++g) total += p.col_partial[g * S.M + j];
+    p.col_sum[j] = T(total);
+  }
+}
+
+template <class T>
+static void maxima_task(const Maxima<T>& p, const Task& t) {
+  constexpr int W = Simd<T>::kPanel;
+  const Similarity<T>& S = p.S;
+  const T lowest = -T(__builtin_inf());
+  T* row_partial = p.row_partial + t.col_group * S.N;
+  T* col_partial = p.col_partial + t.row_group * S.M;
+  T dots[kBlock * W];
+  for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = lowest;
+
+  for (int64_t block = t.first_block; block < t.last_block; ++block) {
+    const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+    for (int64_t r = 0; r < rows; ++r) row_partial[i0 + r] = lowest;
+    for (int64_t panel = t.first_panel; panel < t.last_panel; ++panel) {
+      const int64_t j0 = panel * W, cols = smaller(W, S.M - j0);
+      dot_panel(S, block, panel, dots);
+      for (int64_t r = 0; r < rows; ++r) {
+        const uint64_t lane = positive_lane(S, i0 + r, j0);
+        for (int64_t j = 0; j < cols; ++j) {
+          const T s = uint64_t(j) == lane ? lowest : dots[r * W + j] * S.scale;
+          row_partial[i0 + r] = row_partial[i0 + r] < s ? s : row_partial[i0 + r];
+          col_partial[j0 + j] = col_partial[j0 + j] < s ? s : col_partial[j0 + j];
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+static void maxima(const Maxima<T>& p, ParallelFor run) {
+  parallel(run, p.row_groups * p.col_groups,
+           [&p](int64_t i) { maxima_task(p, task_of(p.S, i, p.row_groups, p.col_groups)); });
+  const Similarity<T>& S = p.S;
+  for (int64_t i = 0; i < S.N; ++i) {
+    p.row_max[i] = p.row_partial[i];
+    for (int64_t g = 1; g < p.col_groups; ++g) {
+      const T s = p.row_partial[g * S.N + i];
+      p.row_max[i] = p.row_max[i] < s ? s : p.row_max[i];
+    }
+  }
+  for (int64_t j = 0; j < S.M; ++j) {
+    p.col_max[j] = p.col_partial[j];
+    for (int64_t g = 1; g < p.row_groups; ++g) {
+      const T s = p.col_partial[g * S.M + j];
+      p.col_max[j] = p.col_max[j] < s ? s : p.col_max[j];
+    }
+  }
+}
+
+}  // namespace FC_ISA
+}  // namespace fastclip

@@ -1,0 +1,279 @@
+// The CPU kernels as PyTorch operators (namespace fastclip_cpu), for fastclip/backends/cpu.py to call.
+//
+// LibTorch's stable ABI: one binary serves torch 2.10 and newer. Every buffer is allocated in Python; an operator
+// checks sizes, fills in the pointers and runs the copy of the kernels for this processor.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+#include "problem.h"
+
+namespace fastclip {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool runs_here(const std::string& name) {
+#if defined(__x86_64__)
+  if (name == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
+  }
+  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return name == "baseline";
+}
+
+// The best instruction set of this processor, or the one that FASTCLIP_CPU_ISA names.
+Isa choose_isa() {
+  const char* wish = std::getenv("FASTCLIP_CPU_ISA");
+  const std::string name = wish ? wish : "";
+  STD_TORCH_CHECK(name.empty() || runs_here(name), "FASTCLIP_CPU_ISA must be avx512, avx2 or baseline and run on this ",
+                  "processor, got ", name);
+#if defined(__x86_64__)
+  if (name == "avx512" || (name.empty() && runs_here("avx512"))) return isa_avx512();
+  if (name == "avx2" || (name.empty() && runs_here("avx2"))) return isa_avx2();
+#endif
+  return isa_baseline();
+}
+
+const Isa& isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  return isa().f32;
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return isa().f64;
+}
+
+// Tasks are taken one at a time by whichever thread is free; no result depends on who takes which.
+void parallel_for(int64_t count, void (*task)(int64_t, void*), void* context) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t i = next++; i < count; i = next++) task(i, context);
+    }
+  });
+}
+
+template <class T>
+T* data(const Tensor& t, int64_t at_least, const char* name) {
+  STD_TORCH_CHECK(t.numel() >= at_least && t.is_contiguous(), name, " must be contiguous and hold ", at_least,
+                  " elements, got ", t.numel());
+  return static_cast<T*>(t.data_ptr());
+}
+
+Element element_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Half: return Element::f16;
+    default: return Element::f32;
+  }
+}
+
+// Calls f with a float or a double, the type that the kernels compute in.
+template <class F>
+void with_type(const Tensor& computed, const F& f) {
+  if (computed.scalar_type() == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+int64_t padded(int64_t n, int64_t panel) { return (n + panel - 1) / panel * panel; }
+
+int64_t groups(int64_t count, int64_t unit) { return std::min(kMaxGroups, (count + unit - 1) / unit); }
+int64_t row_groups(int64_t N) { return groups(N, kBlock); }
+int64_t col_groups(int64_t M) { return groups(M, 64); }
+
+std::string isa_name() { return isa().name; }
+int64_t panel(bool is_double) { return is_double ? isa().f64.panel : isa().f32.panel; }
+int64_t wave_elements() { return kWave * kWave * kBlock * kBlock; }
+
+void pack(Tensor x, bool normalize, Tensor length, Tensor rows, Tensor columns) {
+  with_type(length, [&](auto zero) {
+    typedef decltype(zero) T;
+    const auto& k = kernels<T>();
+    const int64_t n = x.size(0), d = x.size(1);
+    STD_TORCH_CHECK(x.stride(1) == 1 || d == 1, "rows of the features must be contiguous");
+    Pack<T> p = {{x.data_ptr(), element_of(x), n, d, x.stride(0)}, normalize, data<T>(length, n, "length"), nullptr, nullptr};
+    if (rows.numel()) p.rows = data<T>(rows, n * padded(d, k.panel), "rows");
+    if (columns.numel()) p.columns = data<T>(columns, padded(n, k.panel) * d, "columns");
+    k.pack(p, parallel_for);
+  });
+}
+
+template <class T>
+Similarity<T> similarity(const Tensor& x_rows, const Tensor& y_columns, int64_t n, int64_t m, int64_t d, double scale) {
+  const int64_t W = kernels<T>().panel;
+  return {n, m, d, data<T>(x_rows, n * padded(d, W), "x_rows"), data<T>(y_columns, padded(m, W) * d, "y_columns"),
+          T(scale), nullptr, nullptr, nullptr, false};
+}
+
+template <class T>
+void set_shifts(Similarity<T>& S, const Tensor& row_shift, const Tensor& col_shift) {
+  S.row_shift = data<T>(row_shift, S.N, "row_shift");
+  S.col_shift = data<T>(col_shift, S.M, "col_shift");
+  const T first = S.row_shift[0];
+  const auto is_first = [first](T shift) { return shift == first; };
+  S.one_shift = std::all_of(S.row_shift, S.row_shift + S.N, is_first) && std::all_of(S.col_shift, S.col_shift + S.M, is_first);
+}
+
+template <class T>
+void set_positive(Similarity<T>& S, const Tensor& positive) {
+  S.positive = data<int64_t>(positive, S.N, "positive");
+  const bool in_range = std::all_of(S.positive, S.positive + S.N, [&](int64_t p) { return p >= 0 && p < S.M; });
+  STD_TORCH_CHECK(in_range, "positive must be column indices in [0, ", S.M, ")");
+}
+
+void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
+          Tensor pos) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    Sums<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
+                 data<T>(row_sum, n, "row_sum"), data<T>(col_sum, m, "col_sum"), data<T>(pos, n, "pos")};
+    set_positive(p.S, positive);
+    set_shifts(p.S, row_shift, col_shift);
+    p.row_partial = data<double>(row_partial, p.col_groups * n, "row_partial");
+    p.col_partial = data<double>(col_partial, p.row_groups * m, "col_partial");
+    kernels<T>().sums(p, parallel_for);
+  });
+}
+
+void maxima(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+            Tensor row_partial, Tensor col_partial, Tensor row_max, Tensor col_max) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    Maxima<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
+                   data<T>(row_max, n, "row_max"), data<T>(col_max, m, "col_max")};
+    set_positive(p.S, positive);
+    p.row_partial = data<T>(row_partial, p.col_groups * n, "row_partial");
+    p.col_partial = data<T>(col_partial, p.row_groups * m, "col_partial");
+    kernels<T>().maxima(p, parallel_for);
+  });
+}
+
+void pair_scores(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor rows,
+                 Tensor cols, Tensor out) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t count = rows.numel();
+    const int64_t *i = data<int64_t>(rows, count, "rows"), *j = data<int64_t>(cols, count, "cols");
+    const auto inside = [](int64_t limit) { return [limit](int64_t at) { return at >= 0 && at < limit; }; };
+    STD_TORCH_CHECK(std::all_of(i, i + count, inside(n)) && std::all_of(j, j + count, inside(m)),
+                    "pairs must lie in the ", n, " x ", m, " similarity matrix");
+    kernels<T>().pair_scores(similarity<T>(x_rows, y_columns, n, m, d, scale), i, j, count, data<T>(out, count, "out"),
+                             parallel_for);
+  });
+}
+
+void ranks(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor row_threshold,
+           Tensor col_threshold, Tensor row_partial, Tensor col_partial, Tensor row_rank, Tensor col_rank) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    Ranks<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m),
+                  data<T>(row_threshold, n, "row_threshold"), data<T>(col_threshold, m, "col_threshold"), nullptr, nullptr,
+                  data<int64_t>(row_rank, n, "row_rank"), data<int64_t>(col_rank, m, "col_rank")};
+    p.row_partial = data<int64_t>(row_partial, p.col_groups * n, "row_partial");
+    p.col_partial = data<int64_t>(col_partial, p.row_groups * m, "col_partial");
+    kernels<T>().ranks(p, parallel_for);
+  });
+}
+
+void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+               Tensor row_shift, Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum,
+               Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t width = padded(d, kernels<T>().panel);
+    Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
+                      data<T>(y_rows, dx.numel() ? m * width : 0, "y_rows"),
+                      data<T>(grad_row_sum, n, "grad_row_sum"),
+                      data<T>(grad_col_sum, m, "grad_col_sum"),
+                      data<T>(grad_pos, n, "grad_pos"),
+                      data<T>(wave, std::min(n, kWave * kBlock) > 0 ? 1 : 0, "wave"),
+                      dx.numel() ? data<T>(dx, n * width, "dx") : nullptr,
+                      dy.numel() ? data<T>(dy, m * width, "dy") : nullptr};
+    STD_TORCH_CHECK(wave.numel() >= wave_elements(), "wave must hold ", wave_elements(), " elements");
+    set_positive(p.S, positive);
+    set_shifts(p.S, row_shift, col_shift);
+    kernels<T>().gradients(p, parallel_for);
+  });
+}
+
+void finish(Tensor x_rows, Tensor length, Tensor dx, int64_t d, double scale, bool normalize, Tensor grad, Tensor inner) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t n = length.numel(), width = padded(d, kernels<T>().panel);
+    Finish<T> f = {n, d, data<T>(x_rows, n * width, "x_rows"), data<T>(length, n, "length"), data<T>(dx, n * width, "dx"),
+                   T(scale), normalize, nullptr, element_of(grad), data<double>(inner, n, "inner")};
+    if (grad.numel()) f.grad = data<char>(grad, n * d, "grad");
+    kernels<T>().finish(f, parallel_for);
+  });
+}
+
+}  // namespace
+}  // namespace fastclip
+
+STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
+  m.def("isa() -> str");
+  m.def("panel(bool is_double) -> int");
+  m.def("wave_elements() -> int");
+  m.def("pack(Tensor x, bool normalize, Tensor(a!) length, Tensor(b!) rows, Tensor(c!) columns) -> ()");
+  m.def(
+      "sums(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_shift,"
+      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_sum, Tensor(d!) col_sum,"
+      " Tensor(e!) pos) -> ()");
+  m.def(
+      "maxima(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive,"
+      " Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_max, Tensor(d!) col_max) -> ()");
+  m.def(
+      "pair_scores(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor rows, Tensor cols,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "ranks(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor row_threshold,"
+      " Tensor col_threshold, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_rank,"
+      " Tensor(d!) col_rank) -> ()");
+  m.def(
+      "gradients(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_shift,"
+      " Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor(a!) wave,"
+      " Tensor(b!) dx, Tensor(c!) dy) -> ()");
+  m.def(
+      "finish(Tensor x_rows, Tensor length, Tensor dx, int d, float scale, bool normalize, Tensor(a!) grad,"
+      " Tensor(b!) inner) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&fastclip::isa_name));
+  m.impl("panel", TORCH_BOX(&fastclip::panel));
+  m.impl("wave_elements", TORCH_BOX(&fastclip::wave_elements));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CPU, m) {
+  m.impl("pack", TORCH_BOX(&fastclip::pack));
+  m.impl("sums", TORCH_BOX(&fastclip::sums));
+  m.impl("maxima", TORCH_BOX(&fastclip::maxima));
+  m.impl("pair_scores", TORCH_BOX(&fastclip::pair_scores));
+  m.impl("ranks", TORCH_BOX(&fastclip::ranks));
+  m.impl("gradients", TORCH_BOX(&fastclip::gradients));
+  m.impl("finish", TORCH_BOX(&fastclip::finish));
+}

@@ -1,0 +1,167 @@
+// Reads the user's rows, writes x^ = x / |x| (or x itself) in panels. Also the other end: gradients in the user's type.
+#pragma once
+#include "problem.h"
+#include "simd.h"
+
+namespace fastclip {
+namespace FC_ISA {
+
+struct Bfloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+static FC_INLINE float from_bits(uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+static FC_INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, 4);
+  return bits;
+}
+
+static FC_INLINE float widen(float x) { return x; }
+static FC_INLINE double widen(double x) { return x; }
+static FC_INLINE float widen(Bfloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+static FC_INLINE float widen(Half x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  // The exponent's bias differs by 112; multiplying by 2^112 also puts float16's denormals right.
+  const float value = from_bits(magnitude) * from_bits(0x77800000u);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // Inf and NaN
+  return from_bits(to_bits(value) | special | sign);
+}
+
+static FC_INLINE void narrow(float value, float* out) { *out = value; }
+static FC_INLINE void narrow(double value, double* out) { *out = value; }
+static FC_INLINE void narrow(float value, Bfloat16* out) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+  out->bits = value != value ? uint16_t(0x7fc0) : uint16_t(rounded >> 16);
+}
+static FC_INLINE void narrow(float value, Half* out) {
+  const uint32_t bits = to_bits(value), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (magnitude >= 0x47800000u) {
+    half = 0x7c00u;  // 65536 and above, Inf
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14: adding 0.5 lets the float adder round to a multiple of 2^-24, float16's denormal step.
+    half = to_bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out->bits = uint16_t(sign | half);
+}
+
+template <class In>
+static FC_INLINE const In* row_of(const Features& x, int64_t i) {
+  return static_cast<const In*>(x.data) + i * x.row_stride;
+}
+
+template <class T, class In>
+static void pack_block(const Pack<T>& p, int64_t i0, int64_t rows, double* factor) {
+  constexpr int W = Simd<T>::kPanel;
+  const int64_t D = p.x.width;
+  for (int64_t i = 0; i < rows; ++i) {
+    const In* x = row_of<In>(p.x, i0 + i);
+    double square = 0.0;
+    for (int64_t k = 0; k < D; ++k) {
+      const double value = widen(x[k]);
+      square += value * value;
+    }
+    const double norm = __builtin_sqrt(square);
+    const double length = norm < 1e-12 ? 1e-12 : norm;  // F.normalize's eps; NaN stays NaN
+    p.length[i0 + i] = T(p.normalize ? length : norm);
+    factor[i] = p.normalize ? 1.0 / length : 1.0;
+  }
+  if (p.rows) {
+    T* block = p.rows + i0 * ((D + W - 1) / W * W);
+    for (int64_t k0 = 0; k0 < D; k0 += W) {
+      const int64_t count = D - k0 < W ? D - k0 : W;
+      for (int64_t i = 0; i < rows; ++i) {
+        const In* x = row_of<In>(p.x, i0 + i) + k0;
+        T* out = block + k0 * rows + i * W;
+        for (int64_t k = 0; k < count; ++k) out[k] = T(widen(x[k]) * factor[i]);
+        for (int64_t k = count; k < W; ++k) out[k] = T(0);
+      }
+    }
+  }
+  if (p.columns) {
+    for (int64_t j0 = 0; j0 < rows; j0 += W) {
+      T* panel = p.columns + (i0 + j0) * D;
+      const int64_t count = rows - j0 < W ? rows - j0 : W;
+      constexpr int64_t kStrip = 16;  // so many k at a time: whole cache lines of both sides stay in L1
+      for (int64_t k0 = 0; k0 < D; k0 += kStrip) {
+        const int64_t k1 = k0 + kStrip < D ? k0 + kStrip : D;
+        for (int64_t j = 0; j < count; ++j) {
+          const In* x = row_of<In>(p.x, i0 + j0 + j);
+          for (int64_t k = k0; k < k1; ++k) panel[k * W + j] = T(widen(x[k]) * factor[j0 + j]);
+        }
+        for (int64_t j = count; j < W; ++j) {
+          for (int64_t k = k0; k < k1; ++k) panel[k * W + j] = T(0);
+        }
+      }
+    }
+  }
+}
+
+template <class T, class In>
+static void finish_row(const Finish<T>& f, int64_t i) {
+  constexpr int W = Simd<T>::kPanel;
+  const int64_t D = f.width, padded = (D + W - 1) / W * W;
+  const int64_t i0 = i / kBlock * kBlock, rows = f.rows - i0 < kBlock ? f.rows - i0 : kBlock;
+  const T* x = f.x_rows + i0 * padded + (i - i0) * W;  // element k at x[(k / W) * rows * W + k % W]
+  const T* dx = f.dx + i * padded;
+  double inner = 0.0;
+  for (int64_t k = 0; k < D; ++k) inner += double(x[k / W * rows * W + k % W]) * double(dx[k]);
+  f.inner[i] = inner;
+  if (!f.grad) return;
+  In* out = static_cast<In*>(f.grad) + i * D;
+  // A length clamped to eps is a constant: no component along x^ to remove.
+  const T along = f.normalize && !(f.length[i] <= T(1e-12)) ? T(inner) : T(0);
+  const T length = f.normalize ? f.length[i] : T(1);
+  for (int64_t k = 0; k < D; ++k) narrow(f.scale * (dx[k] - x[k / W * rows * W + k % W] * along) / length, out + k);
+}
+
+template <class T>
+static void pack(const Pack<T>& p, ParallelFor run) {
+  parallel(run, (p.x.rows + kBlock - 1) / kBlock, [&p](int64_t block) {
+    double factor[kBlock];
+    const int64_t i0 = block * kBlock, rows = p.x.rows - i0 < kBlock ? p.x.rows - i0 : kBlock;
+    if constexpr (sizeof(T) == 8) {
+      pack_block<T, double>(p, i0, rows, factor);
+    } else {
+      switch (p.x.element) {
+        case Element::bf16: pack_block<T, Bfloat16>(p, i0, rows, factor); break;
+        case Element::f16: pack_block<T, Half>(p, i0, rows, factor); break;
+        default: pack_block<T, float>(p, i0, rows, factor);
+      }
+    }
+  });
+}
+
+template <class T>
+static void finish(const Finish<T>& f, ParallelFor run) {
+  constexpr int64_t kRows = 64;  // rows a task
+  parallel(run, (f.rows + kRows - 1) / kRows, [&f](int64_t task) {
+    for (int64_t i = task * kRows; i < (task + 1) * kRows && i < f.rows; ++i) {
+      if constexpr (sizeof(T) == 8) {
+        finish_row<T, double>(f, i);
+      } else {
+        switch (f.element) {
+          case Element::bf16: finish_row<T, Bfloat16>(f, i); break;
+          case Element::f16: finish_row<T, Half>(f, i); break;
+          default: finish_row<T, float>(f, i);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace FC_ISA
+}  // namespace fastclip

@@ -1,0 +1,77 @@
+// Reads x^ and y^, writes how many entries of each row and column of S are not below a threshold's own score.
+// Never holds S. The scores of chosen pairs come from the same instructions in the same order as S itself, so that a
+// pair's own entry, and an exact duplicate of it, ties with its threshold to the bit.
+#pragma once
+#include "similarity.h"
+
+namespace fastclip {
+namespace FC_ISA {
+
+// out[n] = S at (rows[n], cols[n])
+template <class T>
+static void pair_scores(const Similarity<T>& S, const int64_t* rows, const int64_t* cols, int64_t count, T* out,
+                        ParallelFor run) {
+  constexpr int64_t kPairs = 64;  // pairs a task
+  constexpr int W = Simd<T>::kPanel;
+  parallel(run, ceil_div(count, kPairs), [&](int64_t task) {
+    for (int64_t n = task * kPairs; n < smaller((task + 1) * kPairs, count); ++n) {
+      const int64_t i0 = rows[n] / kBlock * kBlock, block_rows = smaller(kBlock, S.N - i0);
+      const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W) + (rows[n] - i0) * W;
+      typename Simd<T>::V acc[1][kVectorsPerPanel] = {};
+      multiply<T, 1>(WalkRows{}, x, block_rows, S.y_columns + cols[n] / W * W * S.D, S.D, acc);
+      T dots[W];
+      for (int v = 0; v < kVectorsPerPanel; ++v) Simd<T>::store(dots + v * Simd<T>::kLanes, acc[0][v]);
+      out[n] = dots[cols[n] % W] * S.scale;
+    }
+  });
+}
+
+template <class T>
+static void rank_task(const Ranks<T>& p, const Task& t) {
+  constexpr int W = Simd<T>::kPanel;
+  const Similarity<T>& S = p.S;
+  int64_t* row_partial = p.row_partial + t.col_group * S.N;
+  int64_t* col_partial = p.col_partial + t.row_group * S.M;
+  T dots[kBlock * W];
+  for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = 0;
+
+  for (int64_t block = t.first_block; block < t.last_block; ++block) {
+    const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+    for (int64_t r = 0; r < rows; ++r) row_partial[i0 + r] = 0;
+    for (int64_t panel = t.first_panel; panel < t.last_panel; ++panel) {
+      const int64_t j0 = panel * W, cols = smaller(W, S.M - j0);
+      dot_panel(S, block, panel, dots);
+      int32_t by_col[W] = {};
+      T col_threshold[W] = {};
+      for (int64_t j = 0; j < cols; ++j) col_threshold[j] = p.col_threshold[j0 + j];
+      for (int64_t r = 0; r < rows; ++r) {
+        const T row_threshold = p.row_threshold[i0 + r];
+        int32_t by_row = 0;
+        for (int64_t j = 0; j < cols; ++j) {
+          const T s = dots[r * W + j] * S.scale;
+          by_row += !(s <= row_threshold);
+          by_col[j] += !(s <= col_threshold[j]);
+        }
+        row_partial[i0 + r] += by_row;
+      }
+      for (int64_t j = 0; j < cols; ++j) col_partial[j0 + j] += by_col[j];
+    }
+  }
+}
+
+template <class T>
+static void ranks(const Ranks<T>& p, ParallelFor run) {
+  parallel(run, p.row_groups * p.col_groups,
+           [&p](int64_t i) { rank_task(p, task_of(p.S, i, p.row_groups, p.col_groups)); });
+  for (int64_t i = 0; i < p.S.N; ++i) {
+    p.row_rank[i] = 0;
+    for (int64_t g = 0; g < p.col_groups; ++g) p.row_rank[i] += p.row_partial[g * p.S.N + i];
+  }
+  for (int64_t j = 0; j < p.S.M; ++j) {
+    p.col_rank[j] = 0;
+    for (int64_t g = 0; g < p.row_groups; ++g) p.col_rank[j] += p.col_partial[g * p.S.M + j];
+  }
+}
+
+}  // namespace FC_ISA
+}  // namespace fastclip

@@ -1,0 +1,64 @@
+// The one loop over S that every kernel here shares: a panel [block rows, kPanel] of x y^T at a time, in L1/L2.
+//
+// It never holds more of S than one such panel a thread.
+#pragma once
+#include "problem.h"
+#include "simd.h"
+
+namespace fastclip {
+namespace FC_ISA {
+
+static FC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// out [rows][kPanel] = x^ y^T (not yet scaled) for one block of x rows and one panel of y columns.
+template <class T>
+static void dot_panel(const Similarity<T>& S, int64_t block, int64_t panel, T* out) {
+  constexpr int W = Simd<T>::kPanel;
+  const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+  const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W);
+  const T* y = S.y_columns + panel * W * S.D;
+  for_row_tiles(rows, [&](int64_t r, auto count) {
+    constexpr int R = decltype(count)::value;
+    typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
+    multiply<T, R>(WalkRows{}, x + r * W, rows, y, S.D, acc);
+    for (int i = 0; i < R; ++i) {
+      for (int v = 0; v < kVectorsPerPanel; ++v) {
+        Simd<T>::store(out + (r + i) * W + v * Simd<T>::kLanes, acc[i][v]);
+      }
+    }
+  });
+}
+
+// Where row i's positive lies in the panel that starts at column j0; outside [0, kPanel) if elsewhere.
+template <class T>
+static FC_INLINE uint64_t positive_lane(const Similarity<T>& S, int64_t i, int64_t j0) {
+  return uint64_t(S.positive[i] - j0);
+}
+
+// One task = one group of row blocks x one group of column panels, the same for any number of threads.
+struct Task {
+  int64_t row_group, col_group, first_block, last_block, first_panel, last_panel;
+};
+
+template <class T>
+static FC_INLINE Task task_of(const Similarity<T>& S, int64_t index, int64_t row_groups, int64_t col_groups) {
+  const int64_t blocks = ceil_div(S.N, kBlock), panels = ceil_div(S.M, Simd<T>::kPanel);
+  const int64_t r = index % row_groups, c = index / row_groups;
+  return {r,
+          c,
+          blocks * r / row_groups,
+          blocks * (r + 1) / row_groups,
+          panels * c / col_groups,
+          panels * (c + 1) / col_groups};
+}
+
+template <class T>
+static FC_INLINE T sum_of_lanes(typename Simd<T>::V v) {
+  T total = 0;
+  for (int l = 0; l < Simd<T>::kLanes; ++l) total += v[l];
+  return total;
+}
+
+}  // namespace FC_ISA
+}  // namespace fastclip

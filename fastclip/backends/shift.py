@@ -1,0 +1,25 @@
+"""The shift that keeps every sum in range, and the test for when it may have lost something (math.md, eq. 7)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+SAFE_EXPONENT = 60.0  # every sum stays below e^60, and 1 / (N sum) stays a normal float32
+TINY_SUM = 1e-25  # below this a sum may have lost negatives to underflow: take the exact path
+
+
+def fixed_shift(bound: Tensor, rows: int, cols: int) -> Tensor:
+    """0-d: max(0, |bound| + log max(N, M) - 60), bound 0-d at least as large as every |S_ij|."""
+    return (bound.abs() + (math.log(max(rows, cols)) - SAFE_EXPONENT)).clamp_min(0.0)
+
+
+def needs_exact_path(row_sum: Tensor, col_sum: Tensor, rows: int, cols: int) -> bool:
+    """Whether a sum left the range where a fixed shift loses nothing; a host synchronisation on a GPU."""
+    checked = [total for total, negatives in ((row_sum, cols - 1), (col_sum, rows - 1)) if negatives]
+    return any(not bool(((total >= TINY_SUM) & total.isfinite()).all()) for total in checked)
+
+
+def finite_or_zero(shift: Tensor) -> Tensor:
+    """A row or column without negatives has the maximum -inf: any shift serves it."""
+    return torch.where(shift == -torch.inf, 0.0, shift)
