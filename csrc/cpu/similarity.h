@@ -11,23 +11,37 @@ namespace FC_ISA {
 static FC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// out [rows][kPanel] = x^ y^T (not yet scaled) for one block of x rows and one panel of y columns.
+template <class T, int R>
+static FC_INLINE void load_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], const T* from) {
+  for (int i = 0; i < R; ++i) {
+    for (int v = 0; v < kVectorsPerPanel; ++v) {
+      acc[i][v] = Simd<T>::load(from + i * Simd<T>::kPanel + v * Simd<T>::kLanes);
+    }
+  }
+}
+
+// out [rows][kPanel] = x^ y^T (not yet scaled) for one block of x rows and one panel of y columns, kDepth of D at a
+// time, so that this stretch of y's panel stays in L1 while the block's rows pass by.
 template <class T>
 static void dot_panel(const Similarity<T>& S, int64_t block, int64_t panel, T* out) {
-  constexpr int W = Simd<T>::kPanel;
+  constexpr int64_t W = Simd<T>::kPanel, kDepth = 256;
   const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
-  const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W);
-  const T* y = S.y_columns + panel * W * S.D;
-  for_row_tiles(rows, [&](int64_t r, auto count) {
-    constexpr int R = decltype(count)::value;
-    typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
-    multiply<T, R>(WalkRows{}, x + r * W, rows, y, S.D, acc);
-    for (int i = 0; i < R; ++i) {
-      for (int v = 0; v < kVectorsPerPanel; ++v) {
-        Simd<T>::store(out + (r + i) * W + v * Simd<T>::kLanes, acc[i][v]);
+  for (int64_t k = 0; k < S.D; k += kDepth) {
+    const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W) + k * rows;
+    const T* y = S.y_columns + (panel * S.D + k) * W;
+    const int64_t depth = smaller(kDepth, S.D - k);
+    for_row_tiles(rows, [&](int64_t r, auto count) {
+      constexpr int R = decltype(count)::value;
+      typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
+      if (k) load_tile<T, R>(acc, out + r * W);
+      multiply<T, R>(WalkRows{}, x + r * W, rows, y, depth, acc);
+      for (int i = 0; i < R; ++i) {
+        for (int v = 0; v < kVectorsPerPanel; ++v) {
+          Simd<T>::store(out + (r + i) * W + v * Simd<T>::kLanes, acc[i][v]);
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 // Where row i's positive lies in the panel that starts at column j0; outside [0, kPanel) if elsewhere.

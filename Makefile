@@ -1,0 +1,25 @@
+# make demo | test | bench | gpu | lint: each does its own set-up in .venv. A second run starts within seconds.
+PYTHON ?= python3
+BIN := .venv/bin
+STEPS ?=
+
+.PHONY: demo test bench gpu lint
+demo: .venv/ready
+	$(BIN)/fastclip demo $(if $(STEPS),--steps $(STEPS))
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/ready: setup.py pyproject.toml constraints.txt $(wildcard csrc/*/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools ninja numpy torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $@
