@@ -42,7 +42,9 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
 template <class T, int R>
 static FC_INLINE void add_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], T* out, int64_t stride) {
   typedef Simd<T> L;
+  FC_UNROLL
   for (int r = 0; r < R; ++r) {
+    FC_UNROLL
     for (int v = 0; v < kVectorsPerPanel; ++v) {
       T* p = out + r * stride + v * L::kLanes;
       L::store(p, L::load(p) + acc[r][v]);

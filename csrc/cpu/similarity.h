@@ -13,7 +13,9 @@ static FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T, int R>
 static FC_INLINE void load_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], const T* from) {
+  FC_UNROLL
   for (int i = 0; i < R; ++i) {
+    FC_UNROLL
     for (int v = 0; v < kVectorsPerPanel; ++v) {
       acc[i][v] = Simd<T>::load(from + i * Simd<T>::kPanel + v * Simd<T>::kLanes);
     }
@@ -35,7 +37,9 @@ static void dot_panel(const Similarity<T>& S, int64_t block, int64_t panel, T* o
       typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
       if (k) load_tile<T, R>(acc, out + r * W);
       multiply<T, R>(WalkRows{}, x + r * W, rows, y, depth, acc);
+      FC_UNROLL
       for (int i = 0; i < R; ++i) {
+        FC_UNROLL
         for (int v = 0; v < kVectorsPerPanel; ++v) {
           Simd<T>::store(out + (r + i) * W + v * Simd<T>::kLanes, acc[i][v]);
         }
