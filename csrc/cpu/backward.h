@@ -25,11 +25,23 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
   }
   for (int64_t r = 0; r < rows; ++r) {
     T* row = panel + r * W;
+    T by_row[W], by_col[W];  // a and b of the pairs that are negatives
+    if (S.mask.row_ids) {
+      for (int j = 0; j < W; ++j) {
+        by_row[j] = p.a[i0 + r];
+        by_col[j] = tail_b[j];
+      }
+      drop_non_negatives(S, i0 + r, j0, row, by_row, by_col);
+    }
     for (int v = 0; v < NV; ++v) {
-      const V s = L::load(row + v * L::kLanes) * S.scale, b = L::load(tail_b + v * L::kLanes);
-      const V by_row = exp(s - S.row_shift[i0 + r]);
-      const V g = kOneShift ? by_row * (b + p.a[i0 + r])
-                            : by_row * p.a[i0 + r] + exp(s - L::load(tail_shift + v * L::kLanes)) * b;
+      const V s = L::load(row + v * L::kLanes) * S.scale;
+      V a = L::fill(p.a[i0 + r]), b = L::load(tail_b + v * L::kLanes);
+      if (S.mask.row_ids) {
+        a = L::load(by_row + v * L::kLanes);
+        b = L::load(by_col + v * L::kLanes);
+      }
+      const V e = exp(s - S.row_shift[i0 + r]);
+      const V g = kOneShift ? e * (a + b) : e * a + exp(s - L::load(tail_shift + v * L::kLanes)) * b;
       L::store(row + v * L::kLanes, g);
     }
     const uint64_t lane = positive_lane(S, i0 + r, j0);
@@ -126,17 +138,23 @@ static void add_dy(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
   });
 }
 
-template <class T>
-static void gradients(const Gradients<T>& p, ParallelFor run) {
+template <class T, class F>
+static FC_INLINE void for_waves(const Gradients<T>& p, const F& f) {
   const int64_t row_blocks = ceil_div(p.S.N, kBlock), col_blocks = ceil_div(p.S.M, kBlock);
   for (int64_t i = 0; i < row_blocks; i += kWave) {
     for (int64_t j = 0; j < col_blocks; j += kWave) {
-      const Wave<T> wave = {i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave};
-      weigh_wave(p, wave, run);
-      if (p.dx) add_dx(p, wave, run);
-      if (p.dy) add_dy(p, wave, run);
+      f(Wave<T>{i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave});
     }
   }
+}
+
+template <class T>
+static void gradients(const Gradients<T>& p, ParallelFor run) {
+  for_waves(p, [&](const Wave<T>& wave) {
+    weigh_wave(p, wave, run);
+    if (p.dx) add_dx(p, wave, run);
+    if (p.dy) add_dy(p, wave, run);
+  });
 }
 
 }  // namespace FC_ISA

@@ -12,19 +12,6 @@ namespace FC_ISA {
 // Rows of a panel of exponentials, summed in float over at most this many panels before they go to double.
 constexpr int64_t kFlush = 64;
 
-// Puts zeros where the panel holds no negative: row i's positive and the columns beyond M. Keeps the positive's score.
-template <class T>
-static FC_INLINE void drop_non_negatives(const Similarity<T>& S, int64_t i, int64_t j0, const T* dots, T* first,
-                                         T* second, T* pos) {
-  constexpr int W = Simd<T>::kPanel;
-  const uint64_t lane = positive_lane(S, i, j0);
-  if (lane < uint64_t(W)) {
-    pos[i] = dots[lane] * S.scale;
-    first[lane] = second[lane] = T(0);
-  }
-  for (int64_t j = S.M - j0; j < W; ++j) first[j] = second[j] = T(0);
-}
-
 template <class T, bool kOneShift>
 static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* row_lanes,
                       double* col_partial) {
@@ -36,7 +23,7 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
   T tail_shift[W] = {};  // col_shift, with zeros beyond M
   for (int64_t j = 0; j < smaller(W, S.M - j0); ++j) tail_shift[j] = S.col_shift[j0 + j];
   for (int v = 0; v < NV; ++v) col_shift[v] = L::load(tail_shift + v * L::kLanes);
-  const bool is_ragged = j0 + W > S.M;
+  const bool drop_always = S.mask.row_ids || j0 + W > S.M;
 
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = dots + r * W;
@@ -46,13 +33,15 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
       by_row[v] = exp(s - S.row_shift[i0 + r]);
       by_col[v] = kOneShift ? by_row[v] : exp(s - col_shift[v]);
     }
-    if (is_ragged || positive_lane(S, i0 + r, j0) < uint64_t(W)) {
+    const uint64_t lane = positive_lane(S, i0 + r, j0);
+    if (lane < uint64_t(W)) p.pos[i0 + r] = row[lane] * S.scale;
+    if (drop_always || lane < uint64_t(W)) {
       T first[W], second[W];
       for (int v = 0; v < NV; ++v) {
         L::store(first + v * L::kLanes, by_row[v]);
         L::store(second + v * L::kLanes, by_col[v]);
       }
-      drop_non_negatives(S, i0 + r, j0, row, first, second, p.pos);
+      drop_non_negatives(S, i0 + r, j0, row, first, second);
       for (int v = 0; v < NV; ++v) {
         by_row[v] = L::load(first + v * L::kLanes);
         by_col[v] = L::load(second + v * L::kLanes);
@@ -134,11 +123,13 @@ static void maxima_task(const Maxima<T>& p, const Task& t) {
       const int64_t j0 = panel * W, cols = smaller(W, S.M - j0);
       dot_panel(S, block, panel, dots);
       for (int64_t r = 0; r < rows; ++r) {
-        const uint64_t lane = positive_lane(S, i0 + r, j0);
+        T by_row[W], by_col[W];  // 1 where the pair is a negative
+        for (int64_t j = 0; j < W; ++j) by_row[j] = by_col[j] = T(1);
+        drop_non_negatives(S, i0 + r, j0, dots + r * W, by_row, by_col);
         for (int64_t j = 0; j < cols; ++j) {
-          const T s = uint64_t(j) == lane ? lowest : dots[r * W + j] * S.scale;
-          row_partial[i0 + r] = row_partial[i0 + r] < s ? s : row_partial[i0 + r];
-          col_partial[j0 + j] = col_partial[j0 + j] < s ? s : col_partial[j0 + j];
+          const T s = dots[r * W + j] * S.scale;
+          if (by_row[j] != T(0) && row_partial[i0 + r] < s) row_partial[i0 + r] = s;
+          if (by_col[j] != T(0) && col_partial[j0 + j] < s) col_partial[j0 + j] = s;
         }
       }
     }

@@ -4,13 +4,15 @@
 #include "forward.h"
 #include "pack.h"
 #include "ranks.h"
+#include "sigmoid.h"
 
 namespace fastclip {
 namespace FC_ISA {
 
 template <class T>
 static Kernels<T> kernels() {
-  return {Simd<T>::kPanel, pack<T>, sums<T>, maxima<T>, pair_scores<T>, ranks<T>, gradients<T>, finish<T>};
+  return {Simd<T>::kPanel, pack<T>,      sums<T>,    maxima<T>, pair_scores<T>,
+          ranks<T>,        gradients<T>, sigmoid<T>, finish<T>};
 }
 
 }  // namespace FC_ISA

@@ -125,7 +125,7 @@ template <class T>
 Similarity<T> similarity(const Tensor& x_rows, const Tensor& y_columns, int64_t n, int64_t m, int64_t d, double scale) {
   const int64_t W = kernels<T>().panel;
   return {n, m, d, data<T>(x_rows, n * padded(d, W), "x_rows"), data<T>(y_columns, padded(m, W) * d, "y_columns"),
-          T(scale), nullptr, nullptr, nullptr, false};
+          T(scale), nullptr, nullptr, nullptr, false, {}};
 }
 
 template <class T>
@@ -144,14 +144,24 @@ void set_positive(Similarity<T>& S, const Tensor& positive) {
   STD_TORCH_CHECK(in_range, "positive must be column indices in [0, ", S.M, ")");
 }
 
-void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
-          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
+// Empty tensors: no mask.
+template <class T>
+void set_mask(Similarity<T>& S, const Tensor& row_ids, const Tensor& col_ids, const Tensor& row_limit,
+              const Tensor& col_limit) {
+  if (row_ids.numel() == 0) return;
+  S.mask = {data<int64_t>(row_ids, S.N, "row_ids"), data<int64_t>(col_ids, S.M, "col_ids"),
+            data<T>(row_limit, S.N, "row_limit"), data<T>(col_limit, S.M, "col_limit")};
+}
+
+void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
+          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
           Tensor pos) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     Sums<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
                  data<T>(row_sum, n, "row_sum"), data<T>(col_sum, m, "col_sum"), data<T>(pos, n, "pos")};
     set_positive(p.S, positive);
+    set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
     p.row_partial = data<double>(row_partial, p.col_groups * n, "row_partial");
     p.col_partial = data<double>(col_partial, p.row_groups * m, "col_partial");
@@ -159,13 +169,14 @@ void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, doub
   });
 }
 
-void maxima(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
-            Tensor row_partial, Tensor col_partial, Tensor row_max, Tensor col_max) {
+void maxima(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
+          Tensor row_limit, Tensor col_limit, Tensor row_partial, Tensor col_partial, Tensor row_max, Tensor col_max) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     Maxima<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
                    data<T>(row_max, n, "row_max"), data<T>(col_max, m, "col_max")};
     set_positive(p.S, positive);
+    set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     p.row_partial = data<T>(row_partial, p.col_groups * n, "row_partial");
     p.col_partial = data<T>(col_partial, p.row_groups * m, "col_partial");
     kernels<T>().maxima(p, parallel_for);
@@ -199,8 +210,8 @@ void ranks(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, dou
   });
 }
 
-void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
-               Tensor row_shift, Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum,
+void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
+          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum,
                Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
@@ -210,13 +221,36 @@ void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d,
                       data<T>(grad_row_sum, n, "grad_row_sum"),
                       data<T>(grad_col_sum, m, "grad_col_sum"),
                       data<T>(grad_pos, n, "grad_pos"),
-                      data<T>(wave, std::min(n, kWave * kBlock) > 0 ? 1 : 0, "wave"),
+                      data<T>(wave, wave_elements(), "wave"),
                       dx.numel() ? data<T>(dx, n * width, "dx") : nullptr,
                       dy.numel() ? data<T>(dy, m * width, "dy") : nullptr};
-    STD_TORCH_CHECK(wave.numel() >= wave_elements(), "wave must hold ", wave_elements(), " elements");
     set_positive(p.S, positive);
+    set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
     kernels<T>().gradients(p, parallel_for);
+  });
+}
+
+void sigmoid(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+             Tensor row_ids, Tensor col_ids, bool match_is_positive, double bias, Tensor row_weight, Tensor y_rows,
+             Tensor wave, Tensor partial, Tensor row_loss, Tensor row_slope, Tensor dx, Tensor dy) {
+  with_type(x_rows, [&](auto zero) {
+    typedef decltype(zero) T;
+    const int64_t width = padded(d, kernels<T>().panel);
+    Sigmoid<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
+                    data<T>(y_rows, dx.numel() ? m * width : 0, "y_rows"),
+                    T(bias),
+                    match_is_positive,
+                    data<T>(row_weight, n, "row_weight"),
+                    data<T>(wave, wave_elements(), "wave"),
+                    data<double>(partial, 2 * kWave * n, "partial"),
+                    data<double>(row_loss, n, "row_loss"),
+                    data<double>(row_slope, n, "row_slope"),
+                    dx.numel() ? data<T>(dx, n * width, "dx") : nullptr,
+                    dy.numel() ? data<T>(dy, m * width, "dy") : nullptr};
+    set_positive(p.S, positive);
+    if (row_ids.numel()) p.S.mask = {data<int64_t>(row_ids, n, "row_ids"), data<int64_t>(col_ids, m, "col_ids"), nullptr, nullptr};
+    kernels<T>().sigmoid(p, parallel_for);
   });
 }
 
@@ -240,11 +274,13 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("wave_elements() -> int");
   m.def("pack(Tensor x, bool normalize, Tensor(a!) length, Tensor(b!) rows, Tensor(c!) columns) -> ()");
   m.def(
-      "sums(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_shift,"
+      "sums(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
+      " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
       " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_sum, Tensor(d!) col_sum,"
       " Tensor(e!) pos) -> ()");
   m.def(
-      "maxima(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive,"
+      "maxima(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
+      " Tensor col_ids, Tensor row_limit, Tensor col_limit,"
       " Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_max, Tensor(d!) col_max) -> ()");
   m.def(
       "pair_scores(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor rows, Tensor cols,"
@@ -254,9 +290,14 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       " Tensor col_threshold, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_rank,"
       " Tensor(d!) col_rank) -> ()");
   m.def(
-      "gradients(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_shift,"
+      "gradients(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
+      " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
       " Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor(a!) wave,"
       " Tensor(b!) dx, Tensor(c!) dy) -> ()");
+  m.def(
+      "sigmoid(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
+      " Tensor col_ids, bool match_is_positive, float bias, Tensor row_weight, Tensor y_rows, Tensor(a!) wave,"
+      " Tensor(b!) partial, Tensor(c!) row_loss, Tensor(d!) row_slope, Tensor(e!) dx, Tensor(f!) dy) -> ()");
   m.def(
       "finish(Tensor x_rows, Tensor length, Tensor dx, int d, float scale, bool normalize, Tensor(a!) grad,"
       " Tensor(b!) inner) -> ()");
@@ -275,5 +316,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CPU, m) {
   m.impl("pair_scores", TORCH_BOX(&fastclip::pair_scores));
   m.impl("ranks", TORCH_BOX(&fastclip::ranks));
   m.impl("gradients", TORCH_BOX(&fastclip::gradients));
+  m.impl("sigmoid", TORCH_BOX(&fastclip::sigmoid));
   m.impl("finish", TORCH_BOX(&fastclip::finish));
 }

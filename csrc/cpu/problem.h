@@ -25,6 +25,14 @@ struct Features {
   int64_t rows, width, row_stride;
 };
 
+// Pairs that are no negatives (math.md, eq. 10): those with equal ids, and those that score above a limit, which may
+// differ between the row's and the column's sum. row_ids null: no mask at all.
+template <class T>
+struct Mask {
+  const int64_t *row_ids, *col_ids;
+  const T *row_limit, *col_limit;
+};
+
 // S = scale * x y^T, N x M, in the two layouts that the kernels read (panels: simd.h).
 //   x_rows    [ceil(N / kBlock)] blocks, each a panelled [block rows, D]
 //   y_columns a panelled [D, M]
@@ -37,6 +45,7 @@ struct Similarity {
   const int64_t* positive;
   const T *row_shift, *col_shift;
   bool one_shift;  // every row and column has the same shift: one exp serves both sums
+  Mask<T> mask;
 };
 
 // row_partial [row_groups' columns side: col_groups, N], col_partial [row_groups, M]: scratch, double.
@@ -78,6 +87,21 @@ struct Gradients {
   T *wave, *dx, *dy;
 };
 
+// sum_ij w_i softplus(-z_ij (S_ij + bias)), z = 1 on positives and -1 elsewhere (math.md, eq. 11). Adds each row's loss and
+// each row's sum of dloss/dS to row_loss and row_slope [N] (unweighted), w_i dloss/dS times y^ and x^ to dx and dy.
+// mask.row_ids: equal ids are positives too, or left out. partial: [kWave, 2, N] scratch.
+template <class T>
+struct Sigmoid {
+  Similarity<T> S;
+  const T* y_rows;
+  T bias;
+  bool match_is_positive;
+  const T* row_weight;
+  T* wave;
+  double *partial, *row_loss, *row_slope;
+  T *dx, *dy;
+};
+
 // grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type; inner [rows] = <x^, dx>.
 template <class T>
 struct Finish {
@@ -107,6 +131,7 @@ struct Kernels {
   void (*pair_scores)(const Similarity<T>&, const int64_t* rows, const int64_t* cols, int64_t count, T* out, ParallelFor);
   void (*ranks)(const Ranks<T>&, ParallelFor);
   void (*gradients)(const Gradients<T>&, ParallelFor);
+  void (*sigmoid)(const Sigmoid<T>&, ParallelFor);
   void (*finish)(const Finish<T>&, ParallelFor);
 };
 

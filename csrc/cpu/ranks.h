@@ -28,7 +28,9 @@ static void pair_scores(const Similarity<T>& S, const int64_t* rows, const int64
 
 template <class T>
 static void rank_task(const Ranks<T>& p, const Task& t) {
-  constexpr int W = Simd<T>::kPanel;
+  typedef Simd<T> L;
+  typedef decltype(typename L::V{} <= typename L::V{}) Flags;  // integers, -1 where true
+  constexpr int W = L::kPanel, NV = kVectorsPerPanel;
   const Similarity<T>& S = p.S;
   int64_t* row_partial = p.row_partial + t.col_group * S.N;
   int64_t* col_partial = p.col_partial + t.row_group * S.M;
@@ -41,20 +43,22 @@ static void rank_task(const Ranks<T>& p, const Task& t) {
     for (int64_t panel = t.first_panel; panel < t.last_panel; ++panel) {
       const int64_t j0 = panel * W, cols = smaller(W, S.M - j0);
       dot_panel(S, block, panel, dots);
-      int32_t by_col[W] = {};
+      Flags valid[NV] = {};
+      for (int j = 0; j < W; ++j) valid[j / L::kLanes][j % L::kLanes] = j < cols ? -1 : 0;
       T col_threshold[W] = {};
       for (int64_t j = 0; j < cols; ++j) col_threshold[j] = p.col_threshold[j0 + j];
+      Flags below[NV] = {};  // counts of entries at or below the columns' thresholds, negated
       for (int64_t r = 0; r < rows; ++r) {
-        const T row_threshold = p.row_threshold[i0 + r];
-        int32_t by_row = 0;
-        for (int64_t j = 0; j < cols; ++j) {
-          const T s = dots[r * W + j] * S.scale;
-          by_row += !(s <= row_threshold);
-          by_col[j] += !(s <= col_threshold[j]);
+        Flags row_below = {};
+        for (int v = 0; v < NV; ++v) {
+          const typename L::V s = L::load(dots + r * W + v * L::kLanes) * S.scale;
+          row_below += (s <= p.row_threshold[i0 + r]) & valid[v];
+          below[v] += s <= L::load(col_threshold + v * L::kLanes);
         }
-        row_partial[i0 + r] += by_row;
+        row_partial[i0 + r] += cols;
+        for (int l = 0; l < L::kLanes; ++l) row_partial[i0 + r] += row_below[l];
       }
-      for (int64_t j = 0; j < cols; ++j) col_partial[j0 + j] += by_col[j];
+      for (int64_t j = 0; j < cols; ++j) col_partial[j0 + j] += rows + below[j / L::kLanes][j % L::kLanes];
     }
   }
 }

@@ -54,6 +54,27 @@ static FC_INLINE uint64_t positive_lane(const Similarity<T>& S, int64_t i, int64
   return uint64_t(S.positive[i] - j0);
 }
 
+// Zeroes the weights of row i that count for no negative: masked pairs (by_row and by_col apart), the row's positive and
+// the columns beyond M. dots [kPanel]: the row's x^ y^T.
+template <class T>
+static FC_INLINE void drop_non_negatives(const Similarity<T>& S, int64_t i, int64_t j0, const T* dots, T* by_row,
+                                         T* by_col) {
+  constexpr int W = Simd<T>::kPanel;
+  const int64_t cols = smaller(W, S.M - j0);
+  if (S.mask.row_ids) {
+    const int64_t id = S.mask.row_ids[i], *ids = S.mask.col_ids + j0;
+    const T row_limit = S.mask.row_limit[i], *col_limit = S.mask.col_limit + j0;
+    for (int64_t j = 0; j < cols; ++j) {
+      const T s = dots[j] * S.scale;
+      by_row[j] = ids[j] == id || s > row_limit ? T(0) : by_row[j];
+      by_col[j] = ids[j] == id || s > col_limit[j] ? T(0) : by_col[j];
+    }
+  }
+  const uint64_t lane = positive_lane(S, i, j0);
+  if (lane < uint64_t(W)) by_row[lane] = by_col[lane] = T(0);
+  for (int64_t j = cols; j < W; ++j) by_row[j] = by_col[j] = T(0);
+}
+
 // One task = one group of row blocks x one group of column panels, the same for any number of threads.
 struct Task {
   int64_t row_group, col_group, first_block, last_block, first_panel, last_panel;

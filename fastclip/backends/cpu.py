@@ -15,7 +15,8 @@ from torch import Tensor
 from fastclip.backends.shift import finite_or_zero, fixed_shift, needs_exact_path
 from fastclip.checks import accumulation_dtype
 
-BLOCK, GROUP_COLUMNS, MAX_GROUPS = 192, 64, 32  # csrc/cpu/problem.h's kBlock, ops.cpp's col_groups, kMaxGroups
+# csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
+BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
 
 def why_not(x: Tensor | None) -> str | None:
@@ -28,26 +29,36 @@ def describe() -> str:
     return f"C++ kernels, instruction set {_ops().isa()}, {torch.get_num_threads()} threads"
 
 
-def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool):
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
-    return S.sums(positive.contiguous())
+    return S.sums((positive.contiguous(), *_mask_args(mask)))
 
 
-def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs):
+def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask):
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     S = _Similarity(x, y, scale, normalize, y_rows=True)
-    need_dx = needs[0] or needs[2]
-    dx = S.x.new_zeros(len(x) * S.width if need_dx else 0)
-    dy = S.x.new_zeros(len(y) * S.width if needs[1] else 0)
-    vectors = (v.contiguous() for v in (positive, row_shift, col_shift))
-    weights = (v.contiguous() for v in (a, b, d))
-    wave = S.x.new_empty(_ops().wave_elements())
-    _ops().gradients(*S.args, *vectors, S.y_rows, *weights, wave, dx, dy)
-    grad_x, inner = S.finish(S.x, S.x_length, dx, x, needs[0]) if need_dx else (x.new_empty(0), None)
-    grad_y = S.finish(S.y_rows, S.y_length, dy, y, True)[0] if needs[1] else y.new_empty(0)
-    grad_scale = inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
-    return grad_x, grad_y, grad_scale
+    dx, dy = S.accumulators(needs)
+    shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
+    _ops().gradients(
+        *S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.y_rows, *weights, S.wave(), dx, dy
+    )
+    return S.gradients(x, y, scale, dx, dy, needs)
+
+
+def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
+    """The operator's contract: ops.py."""
+    S = _Similarity(x, y, scale, normalize, y_rows=any(needs))
+    dx, dy = S.accumulators(needs)
+    partial = torch.empty(2 * WAVE_BLOCKS * S.n, dtype=torch.float64)
+    loss, slope = torch.zeros(S.n, dtype=torch.float64), torch.zeros(S.n, dtype=torch.float64)
+    ids = _mask_args(mask)[:2]
+    _ops().sigmoid(
+        *S.args, positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(), S.y_rows,
+        S.wave(), partial, loss, slope, dx, dy,
+    )  # fmt: skip
+    grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
+    return loss.to(S.x.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
 
 
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
@@ -82,22 +93,22 @@ class _Similarity:
         _ops().pack(_rows_contiguous(y), normalize, self.y_length, self.y_rows, self.y_columns)
         self.args = (self.x, self.y_columns, self.n, self.m, self.d, self.scale)
 
-    def sums(self, positive: Tensor) -> tuple[Tensor, ...]:
-        """row_sum, col_sum, row_shift, col_shift, pos."""
+    def sums(self, negatives: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """row_sum, col_sum, row_shift, col_shift, pos; negatives: the positives' columns and the mask."""
         largest = 1.0 if self.normalize else self.x_length.max() * self.y_length.max()
         shift = fixed_shift(torch.as_tensor(self.scale * largest, dtype=self.x.dtype), self.n, self.m)
         row_shift, col_shift = shift.repeat(self.n), shift.repeat(self.m)
-        row_sum, col_sum, pos = self._sums(positive, row_shift, col_shift)
-        if needs_exact_path(row_sum, col_sum, self.n, self.m):
+        row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
+        if needs_exact_path(row_sum, col_sum):
             row_shift, col_shift = torch.empty_like(row_shift), torch.empty_like(col_shift)
-            _ops().maxima(*self.args, positive, *self.partials(self.x.dtype), row_shift, col_shift)
+            _ops().maxima(*self.args, *negatives, *self.partials(self.x.dtype), row_shift, col_shift)
             row_shift, col_shift = finite_or_zero(row_shift), finite_or_zero(col_shift)
-            row_sum, col_sum, pos = self._sums(positive, row_shift, col_shift)
+            row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         return row_sum, col_sum, row_shift, col_shift, pos
 
-    def _sums(self, positive: Tensor, row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
-        _ops().sums(*self.args, positive, row_shift, col_shift, *self.partials(torch.float64), *out)
+        _ops().sums(*self.args, *negatives, row_shift, col_shift, *self.partials(torch.float64), *out)
         return out
 
     def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -106,6 +117,21 @@ class _Similarity:
         col_groups = min(MAX_GROUPS, -(-self.m // GROUP_COLUMNS))
         return torch.empty(col_groups * self.n, dtype=dtype), torch.empty(row_groups * self.m, dtype=dtype)
 
+    def wave(self) -> Tensor:
+        """Room for one wave of G."""
+        return self.x.new_empty(_ops().wave_elements())
+
+    def accumulators(self, needs: list[bool]) -> tuple[Tensor, Tensor]:
+        """Zeros for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
+        rows = self.n if needs[0] or needs[2] else 0, self.m if needs[1] else 0
+        return self.x.new_zeros(rows[0] * self.width), self.x.new_zeros(rows[1] * self.width)
+
+    def gradients(self, x, y, scale, dx, dy, needs) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x, y and scale from the accumulated products."""
+        grad_x, inner = self.finish(self.x, self.x_length, dx, x, needs[0]) if dx.numel() else (x.new_empty(0), dx)
+        grad_y = self.finish(self.y_rows, self.y_length, dy, y, True)[0] if needs[1] else y.new_empty(0)
+        return grad_x, grad_y, inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
+
     def finish(self, rows: Tensor, length: Tensor, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
         """The gradient in x's dtype (in dx's own memory where it fits) and <x^, dx> [rows], float64."""
         in_place = dx.dtype == x.dtype and self.width == self.d
@@ -113,6 +139,12 @@ class _Similarity:
         inner = torch.empty(len(x), dtype=torch.float64)
         _ops().finish(rows, length, dx, self.d, self.scale, self.normalize, grad, inner)
         return grad, inner
+
+
+def _mask_args(mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids and limits, empty without a mask."""
+    empty = torch.empty(0, dtype=torch.int64)
+    return tuple(empty if part is None else part.contiguous() for part in mask)
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:

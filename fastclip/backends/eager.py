@@ -1,15 +1,16 @@
 """Chunked PyTorch: every device torch runs on, in bounded workspace. Also the plainest telling of the algorithm.
 
-Legend: x [N, D], y [M, D]; S [rows, M] one chunk of logits; p [rows] the positives' columns. Equations: docs/math.md.
+Legend: x [N, D], y [M, D]; S [rows, M] one chunk of logits; p [rows, 1] the positives' columns. Equations: docs/math.md.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastclip.backends.shift import finite_or_zero, fixed_shift, needs_exact_path
+from fastclip.backends.shift import finite_or_zero, fixed_shift, is_one_shift, needs_exact_path
 from fastclip.checks import accumulation_dtype
 
 CHUNK_ELEMENTS = 2**22  # elements of one chunk of S: 16 MiB in float32; about three such chunks are alive at once
@@ -23,40 +24,70 @@ def describe() -> str:
     return "chunked PyTorch, any device"
 
 
-def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool):
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask):
     """The operator's contract: ops.py."""
     xn, yn = _prepare(x, normalize)[0], _prepare(y, normalize)[0]
-    lengths = 1.0 if normalize else xn.norm(dim=1).max() * yn.norm(dim=1).max()
-    shift = fixed_shift(scale * lengths, len(x), len(y))
-    row_shift, col_shift = shift.expand(len(x)).clone(), shift.expand(len(y)).clone()
-    row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift)
-    if needs_exact_path(row_sum, col_sum, len(x), len(y)):
-        row_shift, col_shift = _negative_maxima(xn, yn, scale, positive)
-        row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift)
+    largest = 1.0 if normalize else xn.norm(dim=1).max() * yn.norm(dim=1).max()
+    shift = fixed_shift(scale * largest, len(x), len(y))
+    row_shift, col_shift = shift.repeat(len(x)), shift.repeat(len(y))
+    row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift, mask)
+    if needs_exact_path(row_sum, col_sum):
+        row_shift, col_shift = _negative_maxima(xn, yn, scale, positive, mask)
+        row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift, mask)
     return row_sum, col_sum, row_shift, col_shift, pos
 
 
-def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs):
+def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask):
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     (xn, x_length), (yn, y_length) = _prepare(x, normalize), _prepare(y, normalize)
     dx, dy = torch.zeros_like(xn), torch.zeros_like(yn)
-    one_shift = _is_one_shift(row_shift, col_shift)
+    one_shift = is_one_shift(row_shift, col_shift)
     for rows, S, p in _chunks(xn, yn, scale, positive):
+        by_row, by_col = a[rows, None], b.expand_as(S)
+        if mask.row_ids is not None:
+            out_of_rows, out_of_cols = _masked(S, rows, mask)
+            by_row, by_col = by_row.masked_fill(out_of_rows, 0.0), by_col.masked_fill(out_of_cols, 0.0)
         if one_shift:
-            G = torch.exp_(S.sub_(row_shift[0])).mul_(a[rows, None] + b)
+            G = torch.exp_(S.sub_(row_shift[0])).mul_(by_row + by_col)
         else:
-            G = torch.exp(S - row_shift[rows, None]).mul_(a[rows, None])
-            G += torch.exp_(S.sub_(col_shift)).mul_(b)
+            G = torch.exp(S - row_shift[rows, None]).mul_(by_row)
+            G += torch.exp_(S.sub_(col_shift)).mul_(by_col)
         G.scatter_(1, p, d[rows, None])
-        dx[rows] = G @ yn
-        dy.addmm_(G.T, xn[rows])
+        _add_products(G, rows, xn, yn, dx if needs[0] or needs[2] else None, dy if needs[1] else None)
     inner = (xn * dx).sum(1)
-    grads = (
-        _unnormalize(dx.mul_(scale), xn, inner.mul(scale), x_length, x.dtype) if needs[0] else x.new_empty(0),
-        _unnormalize(dy.mul_(scale), yn, None, y_length, y.dtype) if needs[1] else y.new_empty(0),
+    return (
+        _unnormalize(dx.mul_(scale), xn, x_length, x.dtype) if needs[0] else x.new_empty(0),
+        _unnormalize(dy.mul_(scale), yn, y_length, y.dtype) if needs[1] else y.new_empty(0),
         inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0),
     )
-    return grads
+
+
+def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
+    """row_loss [N] and the gradients of sum_i row_weight_i row_loss_i; empty tensors where `needs` says no."""
+    (xn, x_length), (yn, y_length) = _prepare(x, normalize), _prepare(y, normalize)
+    dx, dy = torch.zeros_like(xn), torch.zeros_like(yn)
+    row_loss, row_slope = torch.empty_like(row_weight), torch.empty_like(row_weight)
+    for rows, S, p in _chunks(xn, yn, scale, positive):
+        z = torch.full_like(S, -1.0)
+        if mask.row_ids is not None:
+            match = mask.row_ids[rows, None] == mask.col_ids
+            z.masked_fill_(match, 1.0 if match_is_positive else 0.0)
+        z.scatter_(1, p, 1.0)
+        t = z * (S + bias)
+        used = z != 0
+        row_loss[rows] = torch.where(used, F.softplus(-t, threshold=50.0), 0.0).sum(1)
+        if any(needs):
+            G = torch.where(used, -z * torch.sigmoid(-t), 0.0)
+            row_slope[rows] = G.sum(1)
+            G *= row_weight[rows, None]
+            _add_products(G, rows, xn, yn, dx if needs[0] or needs[2] else None, dy if needs[1] else None)
+    return (
+        row_loss,
+        _unnormalize(dx * scale, xn, x_length, x.dtype) if needs[0] else x.new_empty(0),
+        _unnormalize(dy * scale, yn, y_length, y.dtype) if needs[1] else y.new_empty(0),
+        (xn * dx).sum().to(scale.dtype) if needs[2] else scale.new_empty(0),
+        (row_weight * row_slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0),
+    )
 
 
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
@@ -78,13 +109,17 @@ def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Te
     return row_rank, col_rank
 
 
-def _prepare(x: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """x^ [N, D] in the accumulation dtype and the lengths [N, 1] it was divided by (F.normalize's eps)."""
+class _Prepared(NamedTuple):
+    rows: Tensor  # x^ in the accumulation dtype
+    length: Tensor | None  # [N, 1] what x was divided by; None without normalisation
+
+
+def _prepare(x: Tensor, normalize: bool) -> _Prepared:
     x = x.to(accumulation_dtype(x.dtype))
     if not normalize:
-        return x, None
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)
-    return x / length, length
+        return _Prepared(x, None)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(1e-12)  # F.normalize's eps
+    return _Prepared(x / length, length)
 
 
 def _chunks(xn: Tensor, yn: Tensor, scale: Tensor, positive: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -95,38 +130,53 @@ def _chunks(xn: Tensor, yn: Tensor, scale: Tensor, positive: Tensor) -> Iterator
         yield rows, (xn[rows] @ yn.T).mul_(scale), positive[rows, None]
 
 
-def _sums(xn, yn, scale, positive, row_shift, col_shift):
+def _masked(S: Tensor, rows: slice, mask) -> tuple[Tensor, Tensor]:
+    """Which pairs of a chunk the mask takes out of the rows' sums and out of the columns' (math.md, eq. 10)."""
+    match = mask.row_ids[rows, None] == mask.col_ids
+    return match | (S > mask.row_limit[rows, None]), match | (S > mask.col_limit)
+
+
+def _sums(xn, yn, scale, positive, row_shift, col_shift, mask):
     """row_sum, col_sum and pos under the given shifts: one exp per entry where both shifts are the same."""
-    one_shift = _is_one_shift(row_shift, col_shift)
+    one_shift = is_one_shift(row_shift, col_shift)
     row_sum, pos = torch.empty_like(row_shift), torch.empty_like(row_shift)
     col_sum = torch.zeros_like(col_shift)
     for rows, S, p in _chunks(xn, yn, scale, positive):
         pos[rows] = S.gather(1, p)[:, 0]
-        E = torch.exp(S - row_shift[rows, None]).scatter_(1, p, 0.0)
-        row_sum[rows] = E.sum(1)
-        col_sum += (E if one_shift else torch.exp_(S.sub_(col_shift)).scatter_(1, p, 0.0)).sum(0)
+        by_row = torch.exp(S - row_shift[rows, None]).scatter_(1, p, 0.0)
+        by_col = by_row if one_shift else torch.exp(S - col_shift).scatter_(1, p, 0.0)
+        if mask.row_ids is not None:
+            out_of_rows, out_of_cols = _masked(S, rows, mask)
+            by_row, by_col = by_row.masked_fill(out_of_rows, 0.0), by_col.masked_fill(out_of_cols, 0.0)
+        row_sum[rows] = by_row.sum(1)
+        col_sum += by_col.sum(0)
     return row_sum, col_sum, pos
 
 
-def _negative_maxima(xn, yn, scale, positive):
+def _negative_maxima(xn, yn, scale, positive, mask):
     """The largest negative of every row [N] and column [M]; 0 where there is none."""
     row_max = torch.zeros(len(xn), dtype=xn.dtype, device=xn.device)
     col_max = torch.full((len(yn),), -torch.inf, dtype=yn.dtype, device=yn.device)
     for rows, S, p in _chunks(xn, yn, scale, positive):
-        S.scatter_(1, p, -torch.inf)
-        row_max[rows] = S.amax(1)
-        col_max = torch.maximum(col_max, S.amax(0))
+        by_row = by_col = S
+        if mask.row_ids is not None:
+            out_of_rows, out_of_cols = _masked(S, rows, mask)
+            by_row, by_col = S.masked_fill(out_of_rows, -torch.inf), S.masked_fill(out_of_cols, -torch.inf)
+        row_max[rows] = by_row.scatter(1, p, -torch.inf).amax(1)
+        col_max = torch.maximum(col_max, by_col.scatter(1, p, -torch.inf).amax(0))
     return finite_or_zero(row_max), finite_or_zero(col_max)
 
 
-def _is_one_shift(row_shift: Tensor, col_shift: Tensor) -> bool:
-    return bool((row_shift == row_shift[0]).all() and (col_shift == row_shift[0]).all())
+def _add_products(G: Tensor, rows: slice, xn: Tensor, yn: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:
+    if dx is not None:
+        dx[rows] = G @ yn
+    if dy is not None:
+        dy.addmm_(G.T, xn[rows])
 
 
-def _unnormalize(grad: Tensor, xn: Tensor, inner: Tensor | None, length: Tensor | None, dtype: torch.dtype):
+def _unnormalize(grad: Tensor, xn: Tensor, length: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Backward of x^ = x / |x|: (grad - x^ <x^, grad>) / |x| (math.md, eq. 8); a clamped length is a constant."""
     if length is None:
         return grad.to(dtype)
-    inner = (xn * grad).sum(1) if inner is None else inner
-    inner = torch.where(length[:, 0] > 1e-12, inner, 0.0)
-    return grad.addcmul_(xn, inner[:, None], value=-1).div_(length).to(dtype)
+    inner = torch.where(length > 1e-12, (xn * grad).sum(1, keepdim=True), 0.0)
+    return ((grad - xn * inner) / length).to(dtype)

@@ -14,10 +14,14 @@ def fixed_shift(bound: Tensor, rows: int, cols: int) -> Tensor:
     return (bound.abs() + (math.log(max(rows, cols)) - SAFE_EXPONENT)).clamp_min(0.0)
 
 
-def needs_exact_path(row_sum: Tensor, col_sum: Tensor, rows: int, cols: int) -> bool:
+def needs_exact_path(row_sum: Tensor, col_sum: Tensor) -> bool:
     """Whether a sum left the range where a fixed shift loses nothing; a host synchronisation on a GPU."""
-    checked = [total for total, negatives in ((row_sum, cols - 1), (col_sum, rows - 1)) if negatives]
-    return any(not bool(((total >= TINY_SUM) & total.isfinite()).all()) for total in checked)
+    return any(not bool(((total >= TINY_SUM) & total.isfinite()).all()) for total in (row_sum, col_sum))
+
+
+def is_one_shift(row_shift: Tensor, col_shift: Tensor) -> bool:
+    """Whether every row and column has the same shift, so that one exp serves both sums."""
+    return bool((row_shift == row_shift[0]).all() and (col_shift == row_shift[0]).all())
 
 
 def finite_or_zero(shift: Tensor) -> Tensor:
