@@ -1,8 +1,22 @@
 """Contrastive losses over a whole batch, exact, without ever holding the N x N similarity matrix."""
 
 from fastclip.backends import available_backends, set_backend
-from fastclip.loss import clip_loss
-from fastclip.modules import ClipLoss
+from fastclip.loss import LossStats, clip_loss, info_nce, siglip_loss
+from fastclip.metrics import recall_at_k, retrieval_ranks, topk
+from fastclip.modules import ClipLoss, InfoNCELoss, SigLipLoss
 
 __version__ = "0.1.0"
-__all__ = ["ClipLoss", "available_backends", "clip_loss", "set_backend"]
+__all__ = [
+    "ClipLoss",
+    "InfoNCELoss",
+    "LossStats",
+    "SigLipLoss",
+    "available_backends",
+    "clip_loss",
+    "info_nce",
+    "recall_at_k",
+    "retrieval_ranks",
+    "set_backend",
+    "siglip_loss",
+    "topk",
+]

@@ -74,13 +74,56 @@ def sample_weight(weight: Tensor | None, rows: int, like: Tensor) -> Tensor | No
     return weight.to(accumulation_dtype(like.dtype))
 
 
+def indices(value: Tensor, name: str, length: int, limit: int, like: Tensor) -> Tensor:
+    """[length] int64 in [0, limit). On a GPU the range is not read back: it is an assertion on the device."""
+    value = integers(value, name, length, like)
+    inside = (value >= 0) & (value < limit)
+    if value.device.type == "cpu":
+        if not bool(inside.all()):
+            raise ValueError(f"{name} must lie in [0, {limit}), got {int(value.min())} to {int(value.max())}")
+    else:
+        torch._assert_async(inside.all(), f"{name} must lie in [0, {limit})")
+    return value
+
+
+def integers(value: Tensor, name: str, length: int, like: Tensor) -> Tensor:
+    """An integer tensor [length] on the features' device, as int64."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an integer tensor [{length}], got {got}")
+    if value.shape != (length,):
+        raise ValueError(f"{name} must be [{length}], got {tuple(value.shape)}")
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the features' device {like.device}, got {value.device}")
+    return value.to(torch.int64)
+
+
 def reduction(name: str) -> str:
     if name not in ("mean", "sum", "none"):
         raise ValueError(f'reduction must be "mean", "sum" or "none", got {name!r}')
     return name
 
 
-def smoothing(value: float) -> float:
-    if isinstance(value, Tensor) or not 0.0 <= value <= 1.0:
-        raise ValueError(f"label_smoothing must be a float in [0, 1], got {value!r}")
-    return float(value)
+def ids_mode(name: str) -> str:
+    if name not in ("positive", "ignore"):
+        raise ValueError(f'ids_mode must be "positive" or "ignore", got {name!r}')
+    return name
+
+
+def options(value, has_ids: bool) -> None:
+    """The options of a softmax loss (softmax.Options), alone and together."""
+    for name in ("label_smoothing", "hardness", "false_negative_margin"):
+        number = getattr(value, name)
+        if number is not None and (isinstance(number, (Tensor, bool)) or not isinstance(number, (int, float))):
+            raise TypeError(f"{name} must be a float, got {type(number).__name__}")
+    if not 0.0 <= value.label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be a float in [0, 1], got {value.label_smoothing!r}")
+    ids_mode(value.ids_mode)
+    leaves_out = value.false_negative_margin is not None or (has_ids and value.ids_mode == "ignore")
+    if value.label_smoothing and leaves_out:
+        raise ValueError("label_smoothing spreads over all keys: it cannot be combined with pairs that are left out")
+
+
+def one_process(group: object | None) -> None:
+    if group is not None:
+        raise NotImplementedError("group=... (the loss over several processes) is not built yet; leave group=None")

@@ -1,29 +1,32 @@
-"""The loss functions: O(N) PyTorch around the operator that does the O(N^2 D) work.
+"""The loss functions: O(N) PyTorch around the operators that do the O(N^2 D) work.
 
-Legend: image, text [N, D]; row i of S = scale * image^ text^T belongs to image i, column j to text j.
-row_gap_i = log sum of row i's negatives - its positive, so that softplus(row_gap_i) is its cross-entropy.
+Legend: image, text [N, D]; query [N, D], key [M, D]. Row i of S = scale * image^ text^T belongs to image i, column j to
+text j. Equations: docs/math.md.
 """
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip import checks, ops
+from fastclip.softmax import Gaps, Options, cross_entropy, gaps, log_add, log_sum, reduce, soft_targets
 
 
 @dataclass(frozen=True)
 class LossStats:
     """By-products of one batch, detached. float32 (float64 for float64 features), natural log.
 
-    image_lse, text_lse [N]: log-sum-exp of each image's row and each text's column of S.
+    image_lse, text_lse [N]: log-sum-exp of each image's row and each text's column of S (queries and keys alike),
+        over the pairs that the loss counts.
+    losses [N]: each pair's loss before weight and reduction.
     image_accuracy, text_accuracy 0-d in [0, 1]: share of images (texts) whose own text (image) no other one beats.
     mean_rank 0-d: how many candidates beat the positive, averaged over both directions; 0 is perfect.
     """
 
     image_lse: Tensor
     text_lse: Tensor
+    losses: Tensor
     image_accuracy: Tensor
     text_accuracy: Tensor
     mean_rank: Tensor
@@ -40,6 +43,8 @@ def clip_loss(
     label_smoothing: float = 0.0,
     ids: Tensor | None = None,
     ids_mode: str = "positive",
+    false_negative_margin: float | None = None,
+    hardness: float = 0.0,
     group: object | None = None,
     backend: str | None = None,
     return_stats: bool = False,
@@ -58,7 +63,13 @@ def clip_loss(
         reduction: "mean", "sum" or "none" (one loss per pair, [N]).
         weight: [N], one weight per pair; "mean" divides by their sum.
         label_smoothing: in [0, 1], as in torch's cross_entropy.
-        ids, ids_mode, group: not built yet; anything but None raises NotImplementedError.
+        ids: [N] integers; equal ids are the same thing (the same caption, the same product).
+        ids_mode: "positive": every match is a positive, the target is uniform over the matches (eq. 12);
+            "ignore": a match other than the own pair is no negative (eq. 10).
+        false_negative_margin: leave out negatives whose cosine exceeds the positive's by more than this (a constant
+            choice, without a gradient; for a positive scale). None keeps all.
+        hardness: negatives count exp(hardness * cosine) times, a constant factor (eq. 13). 0 is the plain loss.
+        group: not built yet; anything but None raises NotImplementedError.
         backend: None takes the first of `available_backends()` that can run these tensors.
         return_stats: also return a LossStats.
 
@@ -66,70 +77,175 @@ def clip_loss(
         The loss, float32 (float64 for float64 features), 0-d or [N]; with return_stats, (loss, LossStats).
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit; the message says expected and got.
+        ValueError, TypeError: shapes, devices, dtypes or values that do not fit; the message says expected and got.
         RuntimeError: a backend asked for by name that cannot run here, with the reason.
     """
-    if ids is not None:
-        raise NotImplementedError("clip_loss(ids=...) is not built yet; leave ids=None")
-    if group is not None:
-        raise NotImplementedError("clip_loss(group=...) is not built yet; leave group=None and use one process")
+    checks.one_process(group)
     checks.reduction(reduction)
-    eps = checks.smoothing(label_smoothing)
     image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
     scale = checks.scalar(logit_scale, "logit_scale", image)
     weight = checks.sample_weight(weight, len(image), image)
+    ids = None if ids is None else checks.integers(ids, "ids", len(image), image)
+    options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
+    checks.options(options, ids is not None)
 
-    positive = torch.arange(len(image), device=image.device)
-    sums = ops.similarity_sums(image, text, scale, positive, normalize, backend)
-    row_sum, col_sum, row_shift, col_shift, pos = sums
-    row_gap = _log_sum(row_sum) + (row_shift - pos)
-    col_gap = _log_sum(col_sum) + (col_shift - pos)
-    losses = 0.5 * (_cross_entropy(row_gap) + _cross_entropy(col_gap))
-    if eps:
-        losses = losses + eps * (pos - scale * _mean_similarity(image, text, normalize))
-    loss = _reduce(losses, weight, reduction)
+    pairs = gaps(image, text, scale, None, options, ids, ids)
+    by_image = cross_entropy(pairs.row_gap) + soft_targets(image, text, scale, pairs.pos, None, options, ids, ids)
+    by_text = cross_entropy(pairs.col_gap) + soft_targets(text, image, scale, pairs.pos, None, options, ids, ids)
+    losses = 0.5 * (by_image + by_text)
+    loss = reduce(losses, weight, reduction)
+    return (loss, _stats(image, text, scale, None, options, pairs, losses)) if return_stats else loss
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor | float,
+    *,
+    labels: Tensor | None = None,
+    symmetric: bool = False,
+    query_negatives: bool = False,
+    key_negatives: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    ids_mode: str = "positive",
+    false_negative_margin: float | None = None,
+    hardness: float = 0.0,
+    group: object | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """InfoNCE: each query against all keys, M >= N for extra negatives, without storing the N x M logits.
+
+    Equals `cross_entropy(S, labels)` with `S = scale * normalize(query) @ normalize(key).T` (van den Oord et al. 2018);
+    symmetric=True averages it with `cross_entropy(S[:, labels].T, arange(N))`: each positive key against all queries.
+
+    Args:
+        query [N, D], key [M, D], scale: as clip_loss's features and logit_scale.
+        labels: [N] integers in [0, M), the positive key of each query; None: query i belongs to key i, and M >= N.
+        query_negatives: the other queries join each query's negatives (query-query similarities).
+        key_negatives: the other keys join the positive key's negatives: in the column's softmax with symmetric=True,
+            else in the query's own. With both and symmetric=True this is NT-Xent (Chen et al. 2020).
+        ids [N], key_ids [M]: as clip_loss's ids, for queries and keys; both or neither. Apply to query-key pairs.
+        The other arguments are clip_loss's.
+
+    Returns and raises as clip_loss; LossStats' "image" is the query, "text" its positive key.
+    """
+    checks.one_process(group)
+    checks.reduction(reduction)
+    query, key = checks.features(query, key, "query", "key", paired=False)
+    scale = checks.scalar(scale, "scale", query)
+    weight = checks.sample_weight(weight, len(query), query)
+    if labels is not None:
+        labels = checks.indices(labels, "labels", len(query), len(key), query)
+    elif len(key) < len(query):
+        raise ValueError(f"without labels key must hold at least N = {len(query)} rows, got {len(key)}")
+    if (ids is None) != (key_ids is None):
+        raise ValueError("ids and key_ids must both be given, or neither")
+    if ids is not None:
+        ids = checks.integers(ids, "ids", len(query), query)
+        key_ids = checks.integers(key_ids, "key_ids", len(key), query)
+    options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
+    checks.options(options, ids is not None)
+
+    pairs = gaps(query, key, scale, labels, options, ids, key_ids)
+    row_gap, col_gap = pairs.row_gap, pairs.col_gap
+    if query_negatives:
+        row_gap = log_add(row_gap, _own_side(query, scale, None, pairs.pos, options))
+    if key_negatives:
+        among_keys = _own_side(key, scale, labels, pairs.pos, options)
+        row_gap, col_gap = (
+            (row_gap, log_add(col_gap, among_keys)) if symmetric else (log_add(row_gap, among_keys), col_gap)
+        )
+    losses = cross_entropy(row_gap) + soft_targets(query, key, scale, pairs.pos, labels, options, ids, key_ids)
+    if symmetric:
+        at = slice(len(query)) if labels is None else labels
+        own_key, own_id = key[at], None if key_ids is None else key_ids[at]
+        targets = soft_targets(own_key, query, scale, pairs.pos, None, options, own_id, ids)
+        losses = 0.5 * (losses + cross_entropy(col_gap) + targets)
+    loss = reduce(losses, weight, reduction)
     if not return_stats:
         return loss
-    ranks = ops.similarity_ranks(image, text, scale, positive, positive, normalize, backend)
-    return loss, _stats(row_gap.detach(), col_gap.detach(), pos.detach(), *ranks)
+    return loss, _stats(query, key, scale, labels, options, Gaps(row_gap, col_gap, pairs.pos), losses)
 
 
-def _log_sum(total: Tensor) -> Tensor:
-    """log(total), with -inf and a zero gradient where a pair has no negatives and total is exactly 0."""
-    empty = total == 0
-    return torch.where(empty, -torch.inf, torch.log(torch.where(empty, 1.0, total)))
+def siglip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    *,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    ids_mode: str = "positive",
+    group: object | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """SigLIP's pairwise sigmoid loss over all N x N pairs, without storing them; value and gradients from one pass.
 
+    Equals `-logsigmoid(z * (S + logit_bias)).sum() / N`, z = 1 on the diagonal and -1 elsewhere (Zhai et al. 2023;
+    docs/math.md, eq. 11), in value and in the gradients of both features, the scale and the bias.
 
-def _cross_entropy(gap: Tensor) -> Tensor:
-    # log1p(exp(gap)) keeps its relative accuracy for a gap of -30 (math.md, eq. 4); torch's default threshold of 20
-    # would drop the last 2e-9 in float64.
-    return F.softplus(gap, threshold=50.0)
+    Args:
+        image_features, text_features, logit_scale, normalize, backend, group: as in clip_loss.
+        logit_bias: a float, a 0-d or a [1] tensor, learnable or not; None is 0.
+        reduction: "mean" (over N), "sum", or "none": one loss per image, the sum over its texts, [N]. "none" with
+            gradients takes a second pass.
+        weight: [N], one weight per image's row, a constant; "mean" divides by their sum.
+        ids, ids_mode: as in clip_loss; "positive": z = 1 for every match; "ignore": other matches are left out.
 
+    Returns the loss, float32 (float64 for float64 features), 0-d or [N]. Raises as clip_loss.
+    """
+    checks.one_process(group)
+    checks.reduction(reduction)
+    checks.ids_mode(ids_mode)
+    image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
+    scale = checks.scalar(logit_scale, "logit_scale", image)
+    bias = checks.scalar(0.0 if logit_bias is None else logit_bias, "logit_bias", image)
+    weight = checks.sample_weight(weight, len(image), image)
+    mask = ops.NO_MASK
+    if ids is not None:
+        ids = checks.integers(ids, "ids", len(image), image)
+        mask = ops.Mask(ids, ids)
 
-def _mean_similarity(image: Tensor, text: Tensor, normalize: bool) -> Tensor:
-    """[N]: <image^_i, mean_j text^_j> averaged with <text^_i, mean_j image^_j> (math.md, eq. 5)."""
-    dtype = checks.accumulation_dtype(image.dtype)
-    image, text = image.to(dtype), text.to(dtype)
-    if normalize:
-        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    return 0.5 * (image @ text.mean(0) + text @ image.mean(0))
-
-
-def _reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    if weight is not None:
-        losses = losses * weight
+    positive = torch.arange(len(image), device=image.device)
+    args = (image, text, scale, bias, positive)
+    rest = (normalize, backend, mask, ids_mode == "positive")
+    ones = torch.ones_like(positive, dtype=scale.dtype)
     if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.mean() if weight is None else losses.sum() / weight.sum()
+        losses = ops.sigmoid_row_losses(*args, ones, *rest)
+        return losses if weight is None else losses * weight
+    row_weight = ones if weight is None else weight
+    if reduction == "mean":
+        row_weight = row_weight / row_weight.sum()
+    return ops.sigmoid_loss(*args, row_weight.detach(), *rest)
 
 
-def _stats(row_gap: Tensor, col_gap: Tensor, pos: Tensor, row_rank: Tensor, col_rank: Tensor) -> LossStats:
+def _own_side(x: Tensor, scale: Tensor, rows: Tensor | None, pos: Tensor, options: Options) -> Tensor:
+    """[N]: log-sum of each row's similarities with the other rows of x, minus pos. rows: the key of each query."""
+    own = torch.arange(len(x), device=x.device)
+    sums = ops.similarity_sums(x, x, scale, own, options.normalize, options.backend)
+    total = log_sum(sums[0]) + sums[2]
+    return (total[: len(pos)] if rows is None else total[rows]) - pos
+
+
+def _stats(x, y, scale, labels, options: Options, pairs: Gaps, losses: Tensor) -> LossStats:
+    pos = pairs.pos.detach()
+    rows = torch.arange(len(x), device=x.device)
+    cols = rows if labels is None else labels
+    row_rank, col_rank = ops.similarity_ranks(x, y, scale, rows, cols, options.normalize, options.backend)
+    row_rank, col_rank = row_rank.to(pos.dtype), col_rank[cols].to(pos.dtype)
     return LossStats(
-        image_lse=pos + _cross_entropy(row_gap),
-        text_lse=pos + _cross_entropy(col_gap),
+        image_lse=pos + cross_entropy(pairs.row_gap.detach()),
+        text_lse=pos + cross_entropy(pairs.col_gap.detach()),
+        losses=losses.detach(),
         image_accuracy=(row_rank == 0).to(pos.dtype).mean(),
         text_accuracy=(col_rank == 0).to(pos.dtype).mean(),
-        mean_rank=0.5 * (row_rank.to(pos.dtype).mean() + col_rank.to(pos.dtype).mean()),
+        mean_rank=0.5 * (row_rank.mean() + col_rank.mean()),
     )

@@ -6,7 +6,7 @@ Legend: image_features, text_features [N, D], as the model returns them (OpenCLI
 import torch
 from torch import Tensor, nn
 
-from fastclip.loss import clip_loss
+from fastclip.loss import clip_loss, info_nce, siglip_loss
 
 
 class ClipLoss(nn.Module):
@@ -29,8 +29,7 @@ class ClipLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if world_size != 1:
-            raise NotImplementedError(f"ClipLoss over several processes is not built yet, got world_size={world_size}")
+        _one_process("ClipLoss", world_size)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -70,3 +69,95 @@ class ClipLoss(nn.Module):
         if logit_bias is not None:
             logits = logits + logit_bias
         return logits, logits.T
+
+
+class SigLipLoss(nn.Module):
+    """OpenCLIP's SigLipLoss (3.3 and newer) without the N x N logits, nor chunks of them kept for autograd.
+
+    cache_labels, rank, world_size, dist_impl, chunk_size, bidir and use_horovod are accepted as OpenCLIP's
+    constructor has them; chunk_size changes nothing here. world_size > 1 raises NotImplementedError until the sharded
+    loss is built.
+    """
+
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int | None = None,
+        bidir: bool = True,
+        use_horovod: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        _one_process("SigLipLoss", world_size)
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl
+        self.chunk_size = chunk_size
+        self.bidir = bidir
+        self.use_horovod = use_horovod
+        self.backend = backend
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        """The loss, 0-d, or {"contrastive_loss": loss} with output_dict."""
+        loss = siglip_loss(
+            image_features, text_features, logit_scale, logit_bias, normalize=False, backend=self.backend
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """[num_logits, num_logits]: 1 on the diagonal unless negative_only, -1 elsewhere; for subclasses."""
+        labels = -torch.ones((num_logits, num_logits), device=device, dtype=dtype)
+        return labels if negative_only else labels + 2 * torch.eye(num_logits, device=device, dtype=dtype)
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+    ) -> Tensor:
+        """Dense [N, N] logits, for OpenCLIP's subclasses; the loss itself never calls this."""
+        logits = logit_scale * image_features @ text_features.T
+        return logits if logit_bias is None else logits + logit_bias
+
+
+class InfoNCELoss(nn.Module):
+    """info_nce as a module with a learnable temperature (or a fixed one).
+
+    temperature: the initial value; scale = 1 / temperature = exp(self.log_scale), clamped to at most max_scale in the
+    forward pass. options: keyword arguments of `info_nce`, fixed for all calls.
+    """
+
+    def __init__(
+        self, temperature: float = 0.07, *, learnable: bool = True, max_scale: float = 100.0, **options: object
+    ) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.log_scale = nn.Parameter(torch.tensor(1.0 / temperature).log(), requires_grad=learnable)
+        self.max_scale = max_scale
+        self.options = options
+
+    def forward(self, query: Tensor, key: Tensor, **options: object) -> Tensor:
+        """info_nce(query [N, D], key [M, D]) at the module's temperature; options override the constructor's."""
+        scale = self.log_scale.exp().clamp(max=self.max_scale)
+        return info_nce(query, key, scale, **{**self.options, **options})
+
+
+def _one_process(name: str, world_size: int) -> None:
+    if world_size != 1:
+        raise NotImplementedError(f"{name} over several processes is not built yet, got world_size={world_size}")

@@ -21,7 +21,7 @@ from fastclip.checks import accumulation_dtype
 
 
 class Mask(NamedTuple):
-    """Pairs that are no negatives: row_ids [N] equal to col_ids [M] (int64), or S above row_limit [N] / col_limit [M]."""
+    """Pairs that are no negatives: row_ids [N] equal to col_ids [M], int64, or S above row_limit [N] / col_limit [M]."""
 
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
@@ -99,6 +99,22 @@ def sigmoid_loss(
     needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in wanted]
     args = (*wanted, positive, row_weight, normalize, needs, backend or "", *mask[:2], match_is_positive)
     return _SigmoidLoss.apply(*args)[0]
+
+
+def sigmoid_row_losses(
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    positive: Tensor,
+    ones: Tensor,
+    normalize: bool,
+    backend: str | None,
+    mask: Mask = NO_MASK,
+    match_is_positive: bool = False,
+) -> Tensor:
+    """Each row's loss [N]: its gradient's weights come from above, so that backward takes a pass of its own."""
+    return _SigmoidRows.apply(x, y, scale, bias, positive, ones, normalize, backend or "", *mask[:2], match_is_positive)
 
 
 class _SimilaritySums(torch.autograd.Function):
@@ -179,6 +195,34 @@ class _SigmoidLoss(torch.autograd.Function):
         return *(grad if need else None for grad, need in wanted), *(None,) * 8
 
 
+class _SigmoidRows(torch.autograd.Function):
+    """The losses of the rows apart: the value first, the gradients once the rows' weights are known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, y, scale, bias, positive, ones, normalize, backend, row_ids, col_ids, match):
+        value_only = [False] * 4
+        return torch.ops.fastclip.sigmoid_loss(
+            x, y, scale, bias, positive, ones, normalize, value_only, backend, row_ids, col_ids, match
+        )[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, scale, bias, positive, _, ctx.normalize, ctx.backend, row_ids, col_ids, ctx.match = inputs
+        ctx.save_for_backward(x, y, scale, bias, positive, row_ids, col_ids)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y, scale, bias, positive, row_ids, col_ids = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:4])
+        grads = torch.ops.fastclip.sigmoid_loss(
+            x, y, scale, bias, positive, upstream, ctx.normalize, needs, ctx.backend, row_ids, col_ids, ctx.match
+        )[1:]
+        grads = _ScaleOnce.apply(torch.ones_like(scale), x, y, scale, bias, *grads)
+        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
+
+
 class _ScaleOnce(torch.autograd.Function):
     """upstream times each gradient, tied to the inputs so that differentiating twice raises."""
 
@@ -232,16 +276,16 @@ def _fake_ranks(x, y, scale, rows, cols, normalize, backend):
     return rows.new_empty(x.shape[0]), cols.new_empty(y.shape[0])
 
 
-def _fake_sigmoid(x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False):
+def _fake_sigmoid(
+    x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False
+):
     _same_device(x, y, scale, bias, positive, row_weight, ids, col_ids)
     return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)), *_like_or_empty((x, y, scale, bias), needs)
 
 
 def _like_or_empty(tensors, needs) -> tuple[Tensor, ...]:
     """A contiguous gradient for what is needed, an empty tensor for the rest: what every backend returns."""
-    return tuple(
-        tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs, strict=True)
-    )
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs, strict=True))
 
 
 def _vmap_by_loop(op):

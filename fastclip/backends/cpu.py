@@ -40,9 +40,7 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     S = _Similarity(x, y, scale, normalize, y_rows=True)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    _ops().gradients(
-        *S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.y_rows, *weights, S.wave(), dx, dy
-    )
+    _ops().gradients(*S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.y_rows, *weights, S.wave(), dx, dy)
     return S.gradients(x, y, scale, dx, dy, needs)
 
 
@@ -106,7 +104,7 @@ class _Similarity:
             row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         return row_sum, col_sum, row_shift, col_shift, pos
 
-    def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, ...]:
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
         _ops().sums(*self.args, *negatives, row_shift, col_shift, *self.partials(torch.float64), *out)
         return out

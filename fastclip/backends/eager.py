@@ -1,6 +1,7 @@
 """Chunked PyTorch: every device torch runs on, in bounded workspace. Also the plainest telling of the algorithm.
 
-Legend: x [N, D], y [M, D]; S [rows, M] one chunk of logits; p [rows, 1] the positives' columns. Equations: docs/math.md.
+Legend: x [N, D], y [M, D]; S [rows, M] one chunk of logits; p [rows, 1] the positives' columns. Equations:
+docs/math.md.
 """
 
 from collections.abc import Iterator
