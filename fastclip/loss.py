@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastclip import checks, ops
+from fastclip import checks, ops, sigmoid
 from fastclip.softmax import Gaps, Options, cross_entropy, gaps, log_add, log_sum, reduce, soft_targets
 
 
@@ -219,12 +219,12 @@ def siglip_loss(
     rest = (normalize, backend, mask, ids_mode == "positive")
     ones = torch.ones_like(positive, dtype=scale.dtype)
     if reduction == "none":
-        losses = ops.sigmoid_row_losses(*args, ones, *rest)
+        losses = sigmoid.sigmoid_row_losses(*args, ones, *rest)
         return losses if weight is None else losses * weight
     row_weight = ones if weight is None else weight
     if reduction == "mean":
         row_weight = row_weight / row_weight.sum()
-    return ops.sigmoid_loss(*args, row_weight.detach(), *rest)
+    return sigmoid.sigmoid_loss(*args, row_weight.detach(), *rest)
 
 
 def _own_side(x: Tensor, scale: Tensor, rows: Tensor | None, pos: Tensor, options: Options) -> Tensor:

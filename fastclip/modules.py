@@ -3,9 +3,12 @@
 Legend: image_features, text_features [N, D], as the model returns them (OpenCLIP's models normalise themselves).
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
+from fastclip.distill import distill_loss
 from fastclip.loss import clip_loss, info_nce, siglip_loss
 
 
@@ -133,6 +136,62 @@ class SigLipLoss(nn.Module):
         """Dense [N, N] logits, for OpenCLIP's subclasses; the loss itself never calls this."""
         logits = logit_scale * image_features @ text_features.T
         return logits if logit_bias is None else logits + logit_bias
+
+
+class DistillClipLoss(ClipLoss):
+    """OpenCLIP's DistillClipLoss: ClipLoss, and beside it the cross-entropy against a teacher's distributions."""
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Tensor | float,
+        output_dict: bool = False,
+    ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
+        """(contrastive loss, distillation loss), or a dict of both; the teacher's arguments begin with dist_."""
+        loss = super().forward(image_features, text_features, logit_scale)
+        distill = distill_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            dist_image_features,
+            dist_text_features,
+            dist_logit_scale,
+            normalize=False,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss, "distill_loss": distill} if output_dict else (loss, distill)
+
+
+class MatryoshkaLoss(nn.Module):
+    """A loss over leading widths of the embeddings (Kusupati et al. 2022): sum_w weight_w loss(x[:, :w], y[:, :w]).
+
+    loss: a fastclip module or function whose first two arguments are features [N, D]. widths: each at most D.
+    weights: one per width, 1 each by default. Slices are read in place, not copied.
+    """
+
+    def __init__(
+        self, loss: Callable[..., Tensor], widths: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        if not widths or min(widths) < 1:
+            raise ValueError(f"widths must be positive integers, got {list(widths)}")
+        weights = [1.0] * len(widths) if weights is None else list(weights)
+        if len(weights) != len(widths):
+            raise ValueError(f"weights must be one per width, got {len(weights)} for {len(widths)} widths")
+        self.loss, self.widths, self.weights = loss, list(widths), weights
+
+    def forward(self, x: Tensor, y: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if max(self.widths) > x.shape[1]:
+            raise ValueError(f"widths must be at most D = {x.shape[1]}, got {max(self.widths)}")
+        losses = [
+            weight * self.loss(x[:, :width], y[:, :width], *args, **kwargs)
+            for width, weight in zip(self.widths, self.weights, strict=True)
+        ]
+        return torch.stack(losses).sum(0)
 
 
 class InfoNCELoss(nn.Module):

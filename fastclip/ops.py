@@ -1,6 +1,6 @@
-"""Operator schemas, fake kernels and autograd. The quadratic work of every loss is one of these operators.
+"""The softmax losses' operators: schemas, fake kernels and autograd. All quadratic work is here or in sigmoid.py.
 
-Legend: x [N, D], y [M, D] features; scale, bias 0-d; positive [N] int64, the column of each row's positive.
+Legend: x [N, D], y [M, D] features; scale 0-d; positive [N] int64, the column of each row's positive.
 All sums are taken over the negatives only (math.md, eq. 2):
 
     row_sum_i = sum_{j != positive_i}    exp(S_ij - row_shift_i)      [N]
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from fastclip import backends
 from fastclip.checks import accumulation_dtype
+from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted
 
 
 class Mask(NamedTuple):
-    """Pairs that are no negatives: row_ids [N] equal to col_ids [M], int64, or S above row_limit [N] / col_limit [M]."""
+    """Pairs that are no negatives: row_ids [N] equal to col_ids [M] int64, or S above row_limit [N], col_limit [M]."""
 
     row_ids: Tensor | None = None
     col_ids: Tensor | None = None
@@ -30,27 +31,6 @@ class Mask(NamedTuple):
 
 
 NO_MASK = Mask()
-
-_lib = torch.library.Library("fastclip", "DEF")
-_MASK = "Tensor? row_ids=None, Tensor? col_ids=None, Tensor? row_limit=None, Tensor? col_limit=None"
-_lib.define(
-    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK})"
-    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos)"
-)
-_lib.define(
-    "similarity_sums_backward(Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_shift, Tensor col_shift,"
-    " Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, bool normalize, bool[3] needs, str backend,"
-    f" {_MASK}) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)"
-)
-_lib.define(
-    "similarity_ranks(Tensor x, Tensor y, Tensor scale, Tensor rows, Tensor cols, bool normalize, str backend)"
-    " -> (Tensor row_rank, Tensor col_rank)"
-)
-_lib.define(
-    "sigmoid_loss(Tensor x, Tensor y, Tensor scale, Tensor bias, Tensor positive, Tensor row_weight, bool normalize,"
-    " bool[4] needs, str backend, Tensor? row_ids=None, Tensor? col_ids=None, bool match_is_positive=False)"
-    " -> (Tensor row_loss, Tensor grad_x, Tensor grad_y, Tensor grad_scale, Tensor grad_bias)"
-)
 
 
 def similarity_sums(
@@ -78,43 +58,24 @@ def similarity_ranks(
     return torch.ops.fastclip.similarity_ranks(*args)
 
 
-def sigmoid_loss(
+def similarity_products(
     x: Tensor,
     y: Tensor,
     scale: Tensor,
-    bias: Tensor,
     positive: Tensor,
-    row_weight: Tensor,
+    shifts: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor],
     normalize: bool,
+    x_values: Tensor,
+    y_values: Tensor,
     backend: str | None,
-    mask: Mask = NO_MASK,
-    match_is_positive: bool = False,
-) -> Tensor:
-    """sum_ij row_weight_i softplus(-z_ij (S_ij + bias)), 0-d (math.md, eq. 11); z is 1 on positives, -1 elsewhere.
+) -> tuple[Tensor, Tensor]:
+    """(G y_values [N, V], G^T x_values [M, V]) with eq. 6's G from weights (a, b, d): any matrix times such a G.
 
-    One pass gives the value and every gradient that is wanted; without gradients only the value is computed.
-    row_weight [N] is a constant. Pairs of equal ids are left out, or count as positives.
+    x_values [N, V], y_values [M, V], float32 (float64 for float64 features). No gradient.
     """
-    wanted = (x, y, scale, bias)
-    needs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in wanted]
-    args = (*wanted, positive, row_weight, normalize, needs, backend or "", *mask[:2], match_is_positive)
-    return _SigmoidLoss.apply(*args)[0]
-
-
-def sigmoid_row_losses(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    positive: Tensor,
-    ones: Tensor,
-    normalize: bool,
-    backend: str | None,
-    mask: Mask = NO_MASK,
-    match_is_positive: bool = False,
-) -> Tensor:
-    """Each row's loss [N]: its gradient's weights come from above, so that backward takes a pass of its own."""
-    return _SigmoidRows.apply(x, y, scale, bias, positive, ones, normalize, backend or "", *mask[:2], match_is_positive)
+    args = (x, y, scale, positive, *shifts, *weights, normalize, x_values, y_values, backend or "")
+    return torch.ops.fastclip.similarity_products(*args)
 
 
 class _SimilaritySums(torch.autograd.Function):
@@ -143,7 +104,7 @@ class _SimilaritySums(torch.autograd.Function):
         grads = _SimilaritySumsBackward.apply(
             x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *mask
         )
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
+        return *wanted(grads, needs), *(None,) * 7
 
 
 class _SimilaritySumsBackward(torch.autograd.Function):
@@ -156,81 +117,6 @@ class _SimilaritySumsBackward(torch.autograd.Function):
         return torch.ops.fastclip.similarity_sums_backward(
             x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(ONCE)
-
-
-ONCE = "fastclip losses are differentiable once: a gradient of their gradient is not available"
-
-
-class _SigmoidLoss(torch.autograd.Function):
-    """The gradients come with the value; backward only multiplies them by what comes from above."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, y, scale, bias, positive, row_weight, normalize, needs, backend, row_ids, col_ids, match):
-        row_loss, *grads = torch.ops.fastclip.sigmoid_loss(
-            x, y, scale, bias, positive, row_weight, normalize, needs, backend, row_ids, col_ids, match
-        )
-        return (row_weight * row_loss).sum(), *grads
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, *grads = output
-        ctx.mark_non_differentiable(*grads)
-        ctx.save_for_backward(*inputs[:4], *grads)
-
-    @staticmethod
-    def backward(ctx, upstream, *_):
-        inputs, grads = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        scaled = _ScaleOnce.apply(upstream, *inputs, *grads)
-        wanted = zip(scaled, ctx.needs_input_grad[:4], strict=True)
-        return *(grad if need else None for grad, need in wanted), *(None,) * 8
-
-
-class _SigmoidRows(torch.autograd.Function):
-    """The losses of the rows apart: the value first, the gradients once the rows' weights are known."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, y, scale, bias, positive, ones, normalize, backend, row_ids, col_ids, match):
-        value_only = [False] * 4
-        return torch.ops.fastclip.sigmoid_loss(
-            x, y, scale, bias, positive, ones, normalize, value_only, backend, row_ids, col_ids, match
-        )[0]
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, y, scale, bias, positive, _, ctx.normalize, ctx.backend, row_ids, col_ids, ctx.match = inputs
-        ctx.save_for_backward(x, y, scale, bias, positive, row_ids, col_ids)
-
-    @staticmethod
-    def backward(ctx, upstream):
-        x, y, scale, bias, positive, row_ids, col_ids = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:4])
-        grads = torch.ops.fastclip.sigmoid_loss(
-            x, y, scale, bias, positive, upstream, ctx.normalize, needs, ctx.backend, row_ids, col_ids, ctx.match
-        )[1:]
-        grads = _ScaleOnce.apply(torch.ones_like(scale), x, y, scale, bias, *grads)
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 7
-
-
-class _ScaleOnce(torch.autograd.Function):
-    """upstream times each gradient, tied to the inputs so that differentiating twice raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(upstream, x, y, scale, bias, grad_x, grad_y, grad_scale, grad_bias):
-        return tuple((upstream * grad).to(grad.dtype) for grad in (grad_x, grad_y, grad_scale, grad_bias))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -254,66 +140,56 @@ def _ranks(x, y, scale, rows, cols, normalize, backend):
     return backends.choose(x, backend).similarity_ranks(x, y, scale, rows, cols, normalize)
 
 
-def _sigmoid(x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False):
-    run = backends.choose(x, backend).sigmoid_loss
-    return run(x, y, scale, bias, positive, row_weight, normalize, needs, Mask(ids, col_ids), match)
+def _products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values, backend):
+    run = backends.choose(x, backend).similarity_products
+    return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values)
 
 
 def _fake_sums(x, y, scale, positive, normalize, backend, *mask):
-    _same_device(x, y, scale, positive, *mask)
+    same_device(x, y, scale, positive, *mask)
     rows = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     cols = y.new_empty(y.shape[0], dtype=rows.dtype)
     return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows)
 
 
 def _fake_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, *mask):
-    _same_device(x, y, scale, positive, row_shift, col_shift, a, b, d, *mask)
-    return _like_or_empty((x, y, scale), needs)
+    same_device(x, y, scale, positive, row_shift, col_shift, a, b, d, *mask)
+    return like_or_empty((x, y, scale), needs)
 
 
 def _fake_ranks(x, y, scale, rows, cols, normalize, backend):
-    _same_device(x, y, scale, rows, cols)
+    same_device(x, y, scale, rows, cols)
     return rows.new_empty(x.shape[0]), cols.new_empty(y.shape[0])
 
 
-def _fake_sigmoid(
-    x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False
-):
-    _same_device(x, y, scale, bias, positive, row_weight, ids, col_ids)
-    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)), *_like_or_empty((x, y, scale, bias), needs)
+def _fake_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values, backend):
+    same_device(x, y, scale, positive, row_shift, col_shift, a, b, d, x_values, y_values)
+    return torch.empty_like(x_values), torch.empty_like(y_values)
 
 
-def _like_or_empty(tensors, needs) -> tuple[Tensor, ...]:
-    """A contiguous gradient for what is needed, an empty tensor for the rest: what every backend returns."""
-    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs, strict=True))
-
-
-def _vmap_by_loop(op):
-    """A batch of problems one after the other: each is large enough to fill the machine."""
-
-    def rule(info, in_dims, *args):
-        runs = [
-            op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        outputs = tuple(torch.stack(output) for output in zip(*runs, strict=True))
-        return outputs, (0,) * len(outputs)
-
-    return rule
-
-
-def _same_device(*tensors: Tensor | None) -> None:
-    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
-    if len(devices) > 1:
-        raise ValueError(f"fastclip operators take tensors of one device, got {', '.join(sorted(devices))}")
-
-
-for _name, _impl, _fake in (
-    ("similarity_sums", _sums, _fake_sums),
-    ("similarity_sums_backward", _sums_backward, _fake_sums_backward),
-    ("similarity_ranks", _ranks, _fake_ranks),
-    ("sigmoid_loss", _sigmoid, _fake_sigmoid),
-):
-    _lib.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastclip::{_name}", _fake, lib=_lib)
-    torch.library.register_vmap(f"fastclip::{_name}", _vmap_by_loop(getattr(torch.ops.fastclip, _name)), lib=_lib)
+_MASK = "Tensor? row_ids=None, Tensor? col_ids=None, Tensor? row_limit=None, Tensor? col_limit=None"
+_VECTORS = "Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_shift, Tensor col_shift"
+register(
+    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK})"
+    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos)",
+    _sums,
+    _fake_sums,
+)
+register(
+    f"similarity_sums_backward({_VECTORS}, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, bool normalize,"
+    f" bool[3] needs, str backend, {_MASK}) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    _sums_backward,
+    _fake_sums_backward,
+)
+register(
+    "similarity_ranks(Tensor x, Tensor y, Tensor scale, Tensor rows, Tensor cols, bool normalize, str backend)"
+    " -> (Tensor row_rank, Tensor col_rank)",
+    _ranks,
+    _fake_ranks,
+)
+register(
+    f"similarity_products({_VECTORS}, Tensor a, Tensor b, Tensor d, bool normalize, Tensor x_values, Tensor y_values,"
+    " str backend) -> (Tensor by_row, Tensor by_col)",
+    _products,
+    _fake_products,
+)

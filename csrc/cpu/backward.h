@@ -1,4 +1,4 @@
-// Reads x^, y^ and the two vectors a and b, adds G y^ to dx and G^T x^ to dy (math.md, eq. 6).
+// Reads x^, y^ and the two vectors a and b, adds G Y to dx and G^T X to dy (math.md, eq. 6).
 //
 // G is made in waves of kWave x kWave blocks that stay in the last-level cache: recompute S, one exp, then two plain
 // matrix products. Each entry of dx and dy is added to by one task a wave, in a fixed order: no locks, no per-thread
@@ -88,11 +88,11 @@ static void weigh_wave(const Gradients<T>& p, const Wave<T>& wave, ParallelFor r
   });
 }
 
-// dx of the wave's rows += G y^
+// dx of the wave's rows += G Y
 template <class T>
 static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
   constexpr int64_t W = Simd<T>::kPanel;
-  const int64_t panels = ceil_div(p.S.D, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
+  const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
   parallel(run, (wave.i_last - wave.i_first) * groups, [&](int64_t task) {
     const int64_t i = wave.i_first + task / groups, first = task % groups * kPanelsPerTask;
     const int64_t i0 = i * kBlock, rows = smaller(kBlock, p.S.N - i0);
@@ -100,7 +100,7 @@ static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
       const int64_t j0 = j * kBlock, depth = smaller(kBlock, p.S.M - j0);
       const T* g = wave.block(i, j);
       for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
-        const T* y = p.y_rows + j0 * padded + panel * depth * W;
+        const T* y = p.Y + j0 * padded + panel * depth * W;
         for_row_tiles(rows, [&](int64_t r, auto count) {
           constexpr int R = decltype(count)::value;
           typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
@@ -112,18 +112,18 @@ static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
   });
 }
 
-// dy of the wave's columns += G^T x^
+// dy of the wave's columns += G^T X
 template <class T>
 static void add_dy(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
   constexpr int64_t W = Simd<T>::kPanel;
-  const int64_t panels = ceil_div(p.S.D, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
+  const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
   parallel(run, (wave.j_last - wave.j_first) * groups, [&](int64_t task) {
     const int64_t j = wave.j_first + task / groups, first = task % groups * kPanelsPerTask;
     const int64_t j0 = j * kBlock, columns = smaller(kBlock, p.S.M - j0);
     for (int64_t i = wave.i_first; i < wave.i_last; ++i) {
       const int64_t i0 = i * kBlock, depth = smaller(kBlock, p.S.N - i0);
       for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
-        const T* x = p.S.x_rows + i0 * padded + panel * depth * W;
+        const T* x = p.X + i0 * padded + panel * depth * W;
         for (int64_t c = 0; c < columns; c += W) {
           const T* g = wave.block(i, j) + c * depth;
           for_row_tiles(smaller(W, columns - c), [&](int64_t r, auto count) {

@@ -211,19 +211,21 @@ void ranks(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, dou
 }
 
 void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
-          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum,
+          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor x_values, Tensor y_values, int64_t width, Tensor grad_row_sum, Tensor grad_col_sum,
                Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
-    const int64_t width = padded(d, kernels<T>().panel);
+    const int64_t stride = padded(width, kernels<T>().panel);
     Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
-                      data<T>(y_rows, dx.numel() ? m * width : 0, "y_rows"),
+                      data<T>(x_values, dy.numel() ? n * stride : 0, "x_values"),
+                      data<T>(y_values, dx.numel() ? m * stride : 0, "y_values"),
+                      width,
                       data<T>(grad_row_sum, n, "grad_row_sum"),
                       data<T>(grad_col_sum, m, "grad_col_sum"),
                       data<T>(grad_pos, n, "grad_pos"),
                       data<T>(wave, wave_elements(), "wave"),
-                      dx.numel() ? data<T>(dx, n * width, "dx") : nullptr,
-                      dy.numel() ? data<T>(dy, m * width, "dy") : nullptr};
+                      dx.numel() ? data<T>(dx, n * stride, "dx") : nullptr,
+                      dy.numel() ? data<T>(dy, m * stride, "dy") : nullptr};
     set_positive(p.S, positive);
     set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
@@ -292,7 +294,8 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def(
       "gradients(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor y_rows, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor(a!) wave,"
+      " Tensor col_shift, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor grad_col_sum,"
+      " Tensor grad_pos, Tensor(a!) wave,"
       " Tensor(b!) dx, Tensor(c!) dy) -> ()");
   m.def(
       "sigmoid(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"

@@ -76,13 +76,14 @@ struct Ranks {
   int64_t *row_rank, *col_rank;
 };
 
-// dx += G y and dy += G^T x with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
-// y_rows: y as x_rows is laid out. wave: room for kWave x kWave blocks of G. dx, dy: row-major [., padded D], zeroed;
-// null where it is not wanted.
+// dx += G Y and dy += G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
+// X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. wave: room for
+// kWave x kWave blocks of G. dx, dy: row-major [., padded width], zeroed; null where it is not wanted.
 template <class T>
 struct Gradients {
   Similarity<T> S;
-  const T* y_rows;
+  const T *X, *Y;
+  int64_t width;
   const T *a, *b, *d;
   T *wave, *dx, *dy;
 };

@@ -40,8 +40,24 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     S = _Similarity(x, y, scale, normalize, y_rows=True)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    _ops().gradients(*S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.y_rows, *weights, S.wave(), dx, dy)
+    _ops().gradients(
+        *S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.x, S.y_rows, S.d, *weights, S.wave(), dx, dy
+    )
     return S.gradients(x, y, scale, dx, dy, needs)
+
+
+def similarity_products(
+    x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values
+) -> tuple[Tensor, Tensor]:
+    """The operator's contract: ops.py."""
+    S, V = _Similarity(x, y, scale, normalize), _Similarity(x_values, y_values, scale, False, y_rows=True)
+    by_row, by_col = V.accumulators([True, True])
+    shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
+    no_mask = _mask_args((None,) * 4)
+    _ops().gradients(
+        *S.args, positive.contiguous(), *no_mask, *shifts, V.x, V.y_rows, V.d, *weights, S.wave(), by_row, by_col
+    )
+    return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
 
 def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):

@@ -63,6 +63,18 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     )
 
 
+def similarity_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values):
+    """The operator's contract: ops.py."""
+    xn, yn = _prepare(x, normalize).rows, _prepare(y, normalize).rows
+    by_row, by_col = torch.empty_like(x_values), torch.zeros_like(y_values)
+    for rows, S, p in _chunks(xn, yn, scale, positive):
+        G = torch.exp(S - row_shift[rows, None]).mul_(a[rows, None])
+        G += torch.exp_(S.sub_(col_shift)).mul_(b)
+        G.scatter_(1, p, d[rows, None])
+        _add_products(G, rows, x_values, y_values, by_row, by_col)
+    return by_row, by_col
+
+
 def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
     """row_loss [N] and the gradients of sum_i row_weight_i row_loss_i; empty tensors where `needs` says no."""
     (xn, x_length), (yn, y_length) = _prepare(x, normalize), _prepare(y, normalize)

@@ -1,0 +1,50 @@
+"""How fastclip's operators are registered: schema, implementation for every device, fake kernel, vmap."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ONCE = "fastclip losses are differentiable once: a gradient of their gradient is not available"
+
+_lib = torch.library.Library("fastclip", "DEF")
+
+
+def register(schema: str, run: Callable, fake: Callable) -> None:
+    """Defines fastclip::<schema>. run: chooses a backend and calls it; fake: the shapes and dtypes it returns."""
+    name = schema.split("(")[0]
+    _lib.define(schema)
+    _lib.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastclip::{name}", fake, lib=_lib)
+    torch.library.register_vmap(f"fastclip::{name}", _by_loop(getattr(torch.ops.fastclip, name)), lib=_lib)
+
+
+def same_device(*tensors: Tensor | None) -> None:
+    """Fake kernels check devices themselves."""
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"fastclip operators take tensors of one device, got {', '.join(sorted(devices))}")
+
+
+def like_or_empty(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A contiguous gradient for what is needed, an empty tensor for the rest: what every backend returns."""
+    return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs, strict=True))
+
+
+def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """None in place of the empty tensors."""
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _by_loop(op: Callable) -> Callable:
+    """A batch of problems one after the other: each is large enough to fill the machine."""
+
+    def rule(info, in_dims, *args):
+        runs = [
+            op(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        outputs = tuple(torch.stack(output) for output in zip(*runs, strict=True))
+        return outputs, (0,) * len(outputs)
+
+    return rule
