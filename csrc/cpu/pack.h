@@ -69,11 +69,12 @@ static void pack_block(const Pack<T>& p, int64_t i0, int64_t rows, double* facto
   const int64_t D = p.x.width;
   for (int64_t i = 0; i < rows; ++i) {
     const In* x = row_of<In>(p.x, i0 + i);
-    double square = 0.0;
-    for (int64_t k = 0; k < D; ++k) {
-      const double value = widen(x[k]);
-      square += value * value;
+    double lanes[16] = {}, square = 0.0;  // sixteen sums at a time: no waiting for the last addition
+    for (int64_t k = 0; k < D / 16 * 16; k += 16) {
+      for (int l = 0; l < 16; ++l) lanes[l] += double(widen(x[k + l])) * double(widen(x[k + l]));
     }
+    for (int64_t k = D / 16 * 16; k < D; ++k) lanes[k % 16] += double(widen(x[k])) * double(widen(x[k]));
+    for (int l = 0; l < 16; ++l) square += lanes[l];
     const double norm = __builtin_sqrt(square);
     const double length = norm < 1e-12 ? 1e-12 : norm;  // F.normalize's eps; NaN stays NaN
     p.length[i0 + i] = T(p.normalize ? length : norm);
@@ -115,17 +116,26 @@ static void finish_row(const Finish<T>& f, int64_t i) {
   constexpr int W = Simd<T>::kPanel;
   const int64_t D = f.width, padded = (D + W - 1) / W * W;
   const int64_t i0 = i / kBlock * kBlock, rows = f.rows - i0 < kBlock ? f.rows - i0 : kBlock;
-  const T* x = f.x_rows + i0 * padded + (i - i0) * W;  // element k at x[(k / W) * rows * W + k % W]
+  const T* x = f.x_rows + i0 * padded + (i - i0) * W;  // W elements, then the next W a panel further on
   const T* dx = f.dx + i * padded;
+  double lanes[W] = {};
+  for (int64_t k0 = 0; k0 < padded; k0 += W) {  // the padding is zeros on both sides
+    for (int k = 0; k < W; ++k) lanes[k] += double(x[k0 * rows + k]) * double(dx[k0 + k]);
+  }
   double inner = 0.0;
-  for (int64_t k = 0; k < D; ++k) inner += double(x[k / W * rows * W + k % W]) * double(dx[k]);
+  for (int k = 0; k < W; ++k) inner += lanes[k];
   f.inner[i] = inner;
   if (!f.grad) return;
   In* out = static_cast<In*>(f.grad) + i * D;
   // A length clamped to eps is a constant: no component along x^ to remove.
   const T along = f.normalize && !(f.length[i] <= T(1e-12)) ? T(inner) : T(0);
   const T length = f.normalize ? f.length[i] : T(1);
-  for (int64_t k = 0; k < D; ++k) narrow(f.scale * (dx[k] - x[k / W * rows * W + k % W] * along) / length, out + k);
+  for (int64_t k0 = 0; k0 < D; k0 += W) {
+    const int64_t count = D - k0 < W ? D - k0 : W;
+    for (int64_t k = 0; k < count; ++k) {
+      narrow(f.scale * (dx[k0 + k] - x[k0 * rows + k] * along) / length, out + k0 + k);
+    }
+  }
 }
 
 template <class T>
