@@ -1,25 +1,26 @@
 """The table of backends and the choice among them.
 
-A backend is a module with `similarity_sums`, `similarity_sums_backward`, `similarity_ranks` (contracts: ops.py) and
-`why_not(x)`: None where it can run x, else the reason in one sentence. Modules are imported when first asked for,
-so that a machine without Triton, a compiler or a GPU still runs.
+A backend is a module with the functions that ops.py and sigmoid.py call, DEVICE (the device type it is meant for; None
+for any) and `why_not(x)`: None where it can run x, or with x None anything on this machine, else the reason in one
+sentence. Modules are imported when first asked for, so that a machine without Triton, a compiler or a GPU still runs.
 """
 
 import functools
 import importlib
+import warnings
 from types import ModuleType
 
 from torch import Tensor
 
 # Fastest first: backend=None takes the first that can run the tensors at hand.
-NAMES = ("cpu", "eager")
+NAMES = ("triton", "cpu", "eager")
 
 _default: str | None = None
 
 
 def available_backends(x: Tensor | None = None) -> list[str]:
     """Names of the backends that can run here (on x, where given), fastest first."""
-    return [name for name in NAMES if _load(name).why_not(x) is None]
+    return [name for name in NAMES if _why_not(name, x) is None]
 
 
 def set_backend(name: str | None) -> None:
@@ -38,27 +39,40 @@ def choose(x: Tensor, name: str) -> ModuleType:
     wish = name or _default
     if wish:
         return _require(wish, x)
-    return next(module for module in map(_load, NAMES) if module.why_not(x) is None)
+    chosen = next(name for name in NAMES if _why_not(name, x) is None)
+    for passed_over in NAMES[: NAMES.index(chosen)]:
+        if _load(passed_over).DEVICE == x.device.type:
+            _warn_once(passed_over, chosen)
+    return _load(chosen)
 
 
 def report() -> str:
     """What `fastclip env` prints: one line a backend, with the reason where it cannot run."""
     lines = []
     for name in NAMES:
-        module = _load(name)
-        reason = module.why_not(None)
-        lines.append(f"  {name:8s} {'yes: ' + module.describe() if reason is None else 'no:  ' + reason}")
+        reason = _why_not(name, None)
+        lines.append(f"  {name:8s} {'yes: ' + _load(name).describe() if reason is None else 'no:  ' + reason}")
     return "\n".join(lines)
 
 
 def _require(name: str, x: Tensor | None) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {name!r}")
-    module = _load(name)
-    reason = module.why_not(x)
+    reason = _why_not(name, x)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
-    return module
+    return _load(name)
+
+
+def _why_not(name: str, x: Tensor | None) -> str | None:
+    return _load(name).why_not(x)
+
+
+@functools.cache
+def _warn_once(name: str, instead: str) -> None:
+    reason = _why_not(name, None)
+    if reason is not None:
+        warnings.warn(f"fastclip: backend {name!r} cannot run here ({reason}); using {instead!r}", stacklevel=2)
 
 
 @functools.cache

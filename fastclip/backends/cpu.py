@@ -18,6 +18,8 @@ from fastclip.checks import accumulation_dtype
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
+DEVICE = "cpu"
+
 
 def why_not(x: Tensor | None) -> str | None:
     if x is not None and x.device.type != "cpu":
@@ -175,7 +177,9 @@ def _load_error() -> str | None:
     """Loads the extension once; the reason where that fails."""
     spec = PathFinder.find_spec("_C", [str(Path(__file__).parents[1])])
     if spec is None or not str(spec.origin).endswith(tuple(EXTENSION_SUFFIXES)):
-        return "the extension fastclip._C was not built (it needs a C++ compiler at install time)"
+        note = Path(__file__).parents[1] / "_C_missing.txt"  # left by setup.py
+        reason = note.read_text() if note.exists() else "torch and a C++ compiler are needed at install time"
+        return f"the extension fastclip._C was not built ({reason})"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:

@@ -16,6 +16,8 @@ from fastclip.checks import accumulation_dtype
 
 CHUNK_ELEMENTS = 2**22  # elements of one chunk of S: 16 MiB in float32; about three such chunks are alive at once
 
+DEVICE = None
+
 
 def why_not(x: Tensor | None) -> str | None:
     return None
