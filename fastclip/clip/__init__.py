@@ -1,0 +1,1 @@
+"""CLIP models: configuration, image tower, text tower, and the pair. Nothing here imports the trainer."""

@@ -1,0 +1,1 @@
+"""Data sets. Nothing here imports the trainer."""

@@ -1,0 +1,1 @@
+"""Training, evaluation and reports. The parts are imported by name, when they are needed."""

@@ -1,0 +1,35 @@
+"""Memory: what this process took, and what N x N matrices would take."""
+
+from __future__ import annotations
+
+import sys
+
+# What cross_entropy(S) + cross_entropy(S.T) holds at its peak.
+DENSE_MATRICES = 4
+DENSE_COUNTS = "4 float32 N x N matrices: logits, two log-softmaxes, one gradient"
+
+
+def peak_mib() -> float:
+    """Highest resident memory of this process so far, MiB; 0.0 where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts KiB, macOS bytes.
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+
+
+def dense_mib(n: int) -> float:
+    """MiB that the dense loss would hold for a batch of n."""
+    return DENSE_MATRICES * 4 * n * n / 2**20
+
+
+def memory(batch: int) -> dict[str, float | str]:
+    """This process's peak beside the dense loss's matrices, at `batch` and at 32,768."""
+    return {
+        "peak_mib": peak_mib(),
+        "dense_mib": dense_mib(batch),
+        "dense_mib_at_32768": dense_mib(32768),
+        "dense_counts": DENSE_COUNTS,
+    }
