@@ -51,7 +51,7 @@ def extensions():
         CppExtension(
             "fastclip._C",
             ["csrc/cpu/ops.cpp", *(f"csrc/cpu/isa_{isa}.cpp" for isa in isas)],
-            extra_compile_args={"cxx": ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000"]},
+            extra_compile_args={"cxx": ["-O3", "-std=c++17", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020a000000000000"]},
             py_limited_api=True,
         )
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastclip import checks, ops
 from fastclip.registry import ONCE
-from fastclip.softmax import Options, cross_entropy, gaps, log_sum, unit_rows
+from fastclip.softmax import Options, cross_entropy, gap, gaps, unit_rows
 
 
 def distill_loss(
@@ -44,7 +44,7 @@ def distill_loss(
     with torch.no_grad():
         teacher = _teacher(t_image.to(dtype), t_text.to(dtype), teacher_logit_scale, normalize, backend)
     agreement = _Agreement.apply(unit_rows(image, normalize), unit_rows(text, normalize), *teacher, normalize, backend)
-    return lse.mean() - scale * agreement[0]
+    return (lse.mean() - scale * agreement[0]).to(scale.dtype)
 
 
 def _teacher(image: Tensor, text: Tensor, scale: Tensor | float, normalize: bool, backend: str | None) -> tuple:
@@ -53,12 +53,12 @@ def _teacher(image: Tensor, text: Tensor, scale: Tensor | float, normalize: bool
     own = torch.arange(len(image), device=image.device)
     sums = ops.similarity_sums(image, text, scale, own, normalize, backend)
     row_sum, col_sum, row_shift, col_shift, pos = sums
-    row_lse = pos + cross_entropy(log_sum(row_sum) + (row_shift - pos))
-    col_lse = pos + cross_entropy(log_sum(col_sum) + (col_shift - pos))
+    row_lse = pos + cross_entropy(gap(row_sum, row_shift, pos))
+    col_lse = pos + cross_entropy(gap(col_sum, col_shift, pos))
     a, b = torch.exp(row_shift - row_lse), torch.exp(col_shift - col_lse)
     d = torch.exp(pos - row_lse) + torch.exp(pos - col_lse)
-    half_mean = 0.5 / len(image)
-    return image, text, scale, own, row_shift, col_shift, a * half_mean, b * half_mean, d * half_mean
+    weights = (0.5 / len(image) * weight.to(pos.dtype) for weight in (a, b, d))
+    return image, text, scale, own, row_shift, col_shift, *weights
 
 
 class _Agreement(torch.autograd.Function):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastclip import checks, ops, sigmoid
-from fastclip.softmax import Gaps, Options, cross_entropy, gaps, log_add, log_sum, reduce, soft_targets
+from fastclip.softmax import Gaps, Options, cross_entropy, gap, gaps, log_add, reduce, soft_targets
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def clip_loss(
     by_image = cross_entropy(pairs.row_gap) + soft_targets(image, text, scale, pairs.pos, None, options, ids, ids)
     by_text = cross_entropy(pairs.col_gap) + soft_targets(text, image, scale, pairs.pos, None, options, ids, ids)
     losses = 0.5 * (by_image + by_text)
-    loss = reduce(losses, weight, reduction)
+    loss = reduce(losses, weight, reduction, scale.dtype)
     return (loss, _stats(image, text, scale, None, options, pairs, losses)) if return_stats else loss
 
 
@@ -167,7 +167,7 @@ def info_nce(
         own_key, own_id = key[at], None if key_ids is None else key_ids[at]
         targets = soft_targets(own_key, query, scale, pairs.pos, None, options, own_id, ids)
         losses = 0.5 * (losses + cross_entropy(col_gap) + targets)
-    loss = reduce(losses, weight, reduction)
+    loss = reduce(losses, weight, reduction, scale.dtype)
     if not return_stats:
         return loss
     return loss, _stats(query, key, scale, labels, options, Gaps(row_gap, col_gap, pairs.pos), losses)
@@ -231,8 +231,8 @@ def _own_side(x: Tensor, scale: Tensor, rows: Tensor | None, pos: Tensor, option
     """[N]: log-sum of each row's similarities with the other rows of x, minus pos. rows: the key of each query."""
     own = torch.arange(len(x), device=x.device)
     sums = ops.similarity_sums(x, x, scale, own, options.normalize, options.backend)
-    total = log_sum(sums[0]) + sums[2]
-    return (total[: len(pos)] if rows is None else total[rows]) - pos
+    at = slice(len(pos)) if rows is None else rows
+    return gap(sums[0][at], sums[2][at], pos)
 
 
 def _stats(x, y, scale, labels, options: Options, pairs: Gaps, losses: Tensor) -> LossStats:
@@ -242,9 +242,9 @@ def _stats(x, y, scale, labels, options: Options, pairs: Gaps, losses: Tensor) -
     row_rank, col_rank = ops.similarity_ranks(x, y, scale, rows, cols, options.normalize, options.backend)
     row_rank, col_rank = row_rank.to(pos.dtype), col_rank[cols].to(pos.dtype)
     return LossStats(
-        image_lse=pos + cross_entropy(pairs.row_gap.detach()),
-        text_lse=pos + cross_entropy(pairs.col_gap.detach()),
-        losses=losses.detach(),
+        image_lse=(pos + cross_entropy(pairs.row_gap.detach())).to(pos.dtype),
+        text_lse=(pos + cross_entropy(pairs.col_gap.detach())).to(pos.dtype),
+        losses=losses.detach().to(pos.dtype),
         image_accuracy=(row_rank == 0).to(pos.dtype).mean(),
         text_accuracy=(col_rank == 0).to(pos.dtype).mean(),
         mean_rank=0.5 * (row_rank.mean() + col_rank.mean()),

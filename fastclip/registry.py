@@ -1,5 +1,6 @@
 """How fastclip's operators are registered: schema, implementation for every device, fake kernel, vmap."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ def register(schema: str, run: Callable, fake: Callable) -> None:
     """Defines fastclip::<schema>. run: chooses a backend and calls it; fake: the shapes and dtypes it returns."""
     name = schema.split("(")[0]
     _lib.define(schema)
-    _lib.impl(name, run, "CompositeExplicitAutograd")
+    _lib.impl(name, _without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastclip::{name}", fake, lib=_lib)
     torch.library.register_vmap(f"fastclip::{name}", _by_loop(getattr(torch.ops.fastclip, name)), lib=_lib)
 
@@ -34,6 +35,17 @@ def like_or_empty(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Ten
 def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """None in place of the empty tensors."""
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+def _without_autocast(run: Callable) -> Callable:
+    """Autocast would round the products inside a backend; the features have been cast by checks.py already."""
+
+    @functools.wraps(run)
+    def plain(x, *args, **kwargs):
+        with torch.autocast(x.device.type, enabled=False):
+            return run(x, *args, **kwargs)
+
+    return plain
 
 
 def _by_loop(op: Callable) -> Callable:

@@ -57,11 +57,19 @@ def gaps(
     row_sum, col_sum, row_shift, col_shift, score = sums
     pos = score if ratio is None else score + (score * (ratio - 1.0)).detach()
     at = slice(len(x)) if positive is None else positive
-    row_gap = log_sum(row_sum) + (row_shift - pos)
-    col_gap = log_sum(col_sum[at]) + (col_shift[at] - pos)
+    row_gap, col_gap = gap(row_sum, row_shift, pos), gap(col_sum[at], col_shift[at], pos)
     if positive is not None:
         col_gap = log_add(col_gap, _sharing_a_key(score, positive, len(y), mask) - pos)
     return Gaps(row_gap, col_gap, pos)
+
+
+def gap(total: Tensor, shift: Tensor, pos: Tensor) -> Tensor:
+    """log total + shift - pos [N] (math.md, eq. 4): three numbers near 50 whose sum is near 0 as a rule.
+
+    So from here to the loss everything is float64, O(N) of it, except on MPS, which has none.
+    """
+    wide = total.dtype if total.device.type == "mps" else torch.float64
+    return log_sum(total.to(wide)) + (shift.to(wide) - pos.to(wide))
 
 
 def cross_entropy(gap: Tensor) -> Tensor:
@@ -109,7 +117,8 @@ def soft_targets(
         alone = (count == 1) & (own == x_ids)  # exactly 0 then, which two ways of summing would not give
         added = (1.0 - eps) * torch.where(alone, 0.0, pos - scale * (xn * center).sum(1))
     if eps:
-        added = added + eps * (pos - scale * (xn @ yn.mean(0)))
+        # Not a matrix product: autocast would round that to its own dtype.
+        added = added + eps * (pos - scale * (xn * yn.mean(0)).sum(1))
     return added
 
 
@@ -118,15 +127,15 @@ def unit_rows(x: Tensor, normalize: bool) -> Tensor:
     return F.normalize(x, dim=1) if normalize else x
 
 
-def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """losses [N] times weight [N]; "mean" divides by the weights' sum."""
+def reduce(losses: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
+    """losses [N] times weight [N]; "mean" divides by the weights' sum. Rounded to dtype at the end."""
     if weight is not None:
         losses = losses * weight
-    if reduction == "none":
-        return losses
     if reduction == "sum":
-        return losses.sum()
-    return losses.mean() if weight is None else losses.sum() / weight.sum()
+        losses = losses.sum()
+    elif reduction == "mean":
+        losses = losses.mean() if weight is None else losses.sum() / weight.sum()
+    return losses.to(dtype)
 
 
 def _mask(x, y, scale, positive, options: Options, x_ids, y_ids) -> ops.Mask:
@@ -179,7 +188,7 @@ def _sharing_a_key(score: Tensor, positive: Tensor, keys: int, mask: ops.Mask) -
     total = own.new_zeros(keys).index_put((positive,), own, accumulate=True)[positive]
     queries = positive.new_zeros(keys).index_put((positive,), torch.ones_like(positive), accumulate=True)[positive]
     others = torch.where(queries > 1, (total - own).clamp_min(0.0), 0.0)
-    return (log_sum(others) + top).to(score.dtype)
+    return log_sum(others) + top
 
 
 def _mean_by_id(rows: Tensor, ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

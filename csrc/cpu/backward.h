@@ -34,15 +34,15 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
       drop_non_negatives(S, i0 + r, j0, row, by_row, by_col);
     }
     for (int v = 0; v < NV; ++v) {
-      const V s = L::load(row + v * L::kLanes) * S.scale;
+      const V s = rounded(L::load(row + v * L::kLanes) * S.scale);
       V a = L::fill(p.a[i0 + r]), b = L::load(tail_b + v * L::kLanes);
       if (S.mask.row_ids) {
         a = L::load(by_row + v * L::kLanes);
         b = L::load(by_col + v * L::kLanes);
       }
-      const V e = exp(s - S.row_shift[i0 + r]);
-      const V g = kOneShift ? e * (a + b) : e * a + exp(s - L::load(tail_shift + v * L::kLanes)) * b;
-      L::store(row + v * L::kLanes, g);
+      const V e = exp_minus(s, L::fill(S.row_shift[i0 + r]));
+      const V shift = L::load(tail_shift + v * L::kLanes);
+      L::store(row + v * L::kLanes, kOneShift ? e * (a + b) : e * a + exp_minus(s, shift) * b);
     }
     const uint64_t lane = positive_lane(S, i0 + r, j0);
     if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];

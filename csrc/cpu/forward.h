@@ -10,7 +10,9 @@ namespace fastclip {
 namespace FC_ISA {
 
 // Rows of a panel of exponentials, summed in float over at most this many panels before they go to double.
-constexpr int64_t kFlush = 64;
+constexpr int64_t kFlush = 16;
+// Rows summed into a column's float before that goes to a second one: short sums keep their rounding small.
+constexpr int64_t kRun = 16;
 
 template <class T, bool kOneShift>
 static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* row_lanes,
@@ -19,7 +21,7 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
   typedef typename L::V V;
   constexpr int W = L::kPanel, NV = kVectorsPerPanel;
   const Similarity<T>& S = p.S;
-  V col[NV] = {}, col_shift[NV];
+  V col[NV] = {}, col_run[NV] = {}, col_shift[NV];
   T tail_shift[W] = {};  // col_shift, with zeros beyond M
   for (int64_t j = 0; j < smaller(W, S.M - j0); ++j) tail_shift[j] = S.col_shift[j0 + j];
   for (int v = 0; v < NV; ++v) col_shift[v] = L::load(tail_shift + v * L::kLanes);
@@ -29,9 +31,9 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
     const T* row = dots + r * W;
     V by_row[NV], by_col[NV];
     for (int v = 0; v < NV; ++v) {
-      const V s = L::load(row + v * L::kLanes) * S.scale;
-      by_row[v] = exp(s - S.row_shift[i0 + r]);
-      by_col[v] = kOneShift ? by_row[v] : exp(s - col_shift[v]);
+      const V s = rounded(L::load(row + v * L::kLanes) * S.scale);
+      by_row[v] = exp_minus(s, L::fill(S.row_shift[i0 + r]));
+      by_col[v] = kOneShift ? by_row[v] : exp_minus(s, col_shift[v]);
     }
     const uint64_t lane = positive_lane(S, i0 + r, j0);
     if (lane < uint64_t(W)) p.pos[i0 + r] = row[lane] * S.scale;
@@ -47,12 +49,16 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
         by_col[v] = L::load(second + v * L::kLanes);
       }
     }
-    V total = L::load(row_lanes + r * L::kLanes);
-    for (int v = 0; v < NV; ++v) {
-      total += by_row[v];
-      col[v] += by_col[v];
+    V panel_total = by_row[0];
+    for (int v = 1; v < NV; ++v) panel_total += by_row[v];
+    L::store(row_lanes + r * L::kLanes, L::load(row_lanes + r * L::kLanes) + panel_total);
+    for (int v = 0; v < NV; ++v) col_run[v] += by_col[v];
+    if ((r + 1) % kRun == 0 || r + 1 == rows) {
+      for (int v = 0; v < NV; ++v) {
+        col[v] += col_run[v];
+        col_run[v] = V{};
+      }
     }
-    L::store(row_lanes + r * L::kLanes, total);
   }
   for (int v = 0; v < NV; ++v) {
     for (int l = 0; l < L::kLanes; ++l) {

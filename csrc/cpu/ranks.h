@@ -17,10 +17,11 @@ static void pair_scores(const Similarity<T>& S, const int64_t* rows, const int64
     for (int64_t n = task * kPairs; n < smaller((task + 1) * kPairs, count); ++n) {
       const int64_t i0 = rows[n] / kBlock * kBlock, block_rows = smaller(kBlock, S.N - i0);
       const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W) + (rows[n] - i0) * W;
-      typename Simd<T>::V acc[1][kVectorsPerPanel] = {};
-      multiply<T, 1>(WalkRows{}, x, block_rows, S.y_columns + cols[n] / W * W * S.D, S.D, acc);
+      const T* y = S.y_columns + cols[n] / W * W * S.D;
       T dots[W];
-      for (int v = 0; v < kVectorsPerPanel; ++v) Simd<T>::store(dots + v * Simd<T>::kLanes, acc[0][v]);
+      for (int64_t k = 0; k < S.D; k += kDepth) {
+        dot_stretch<T, 1>(x + k * block_rows, block_rows, y + k * W, smaller(kDepth, S.D - k), k == 0, dots);
+      }
       out[n] = dots[cols[n] % W] * S.scale;
     }
   });

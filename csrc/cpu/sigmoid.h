@@ -53,7 +53,7 @@ static void sigmoid_panel(const Sigmoid<T>& p, int64_t i0, int64_t rows, int64_t
       const V z = L::load(sign + v * L::kLanes), weight = L::load(used + v * L::kLanes);
       const V t = z * (L::load(row + v * L::kLanes) * S.scale + p.bias);
       const V size = t < T(0) ? -t : t;
-      const V e = exp(-size);  // at most 1
+      const V e = exp_minus(-size, V{});  // at most 1
       const V below = t < T(0) ? L::fill(T(1)) : e;
       row_loss += weight != T(0) ? (t < T(0) ? -t : V{}) + log1p(e) : V{};
       const V g = weight != T(0) ? -z * below / (e + T(1)) : V{};  // -z sigmoid(-t)

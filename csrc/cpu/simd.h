@@ -33,29 +33,48 @@ struct Simd {
 
 constexpr int kRowsPerTile = 6;  // 6 x 2 (AVX2) or 6 x 4 (AVX-512) accumulators leave registers for the operands
 
-// exp(x), relative error below 2e-7; NaN stays NaN. x is at most 60 here (math.md, eq. 7); below -86 the result is
-// about e^-86 instead of a denormal, which no sum above 1e-25 can notice.
-static FC_INLINE Simd<float>::V exp(Simd<float>::V x) {
+// v, rounded to T here: without this the compiler may fuse a product with the subtraction that follows it in one kernel
+// and not in the other, and forward and backward would see logits that differ by eps |S|.
+template <class V>
+static FC_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
+// exp(s - shift), relative error below 2e-7; NaN stays NaN. The result is at most e^60 (math.md, eq. 7); below e^-86 it
+// is about e^-86 instead of a denormal, which no sum above 1e-25 can notice.
+//
+// Rounding s - shift, a number near 50 as a rule, would put 2e-6 into the result. So the shift and the power of two
+// leave together: shift + n ln2_high is exact, shifts being multiples of 1/16, and so is its difference from s.
+static FC_INLINE Simd<float>::V exp_minus(Simd<float>::V s, Simd<float>::V shift) {
   typedef Simd<float>::V V;
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  V x = s - shift;
   x = x < -86.0f ? Simd<float>::fill(-86.0f) : x;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
-  V shifted = x * 1.44269504f + round;
-  V n = shifted - round;
-  V r = x - n * 0.693359375f;
+  const V shifted = x * 1.44269504f + round;
+  const V n = shifted - round;
+  const V exact = n * 0.693359375f + shift;
+  V r = s - exact;
   r = r - n * -2.12194440e-4f;
+  r = r < -0.36f ? Simd<float>::fill(-0.36f) : r;
   V p = r * 0.0013814539415761828f + 0.00836874544620514f;  // minimax on [-ln2/2, ln2/2], 3e-9
   p = p * r + 0.04166838899254799f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
   p = p * (r * r) + r;
   p = p + 1.0f;
-  I power = ((I)shifted << 23) + (127 << 23);
+  const I power = ((I)shifted << 23) + (127 << 23);
   return p * (V)power;
 }
 
 // float64 takes the C library's exp, lane by lane: plain and accurate.
-static FC_INLINE Simd<double>::V exp(Simd<double>::V x) {
+static FC_INLINE Simd<double>::V exp_minus(Simd<double>::V s, Simd<double>::V shift) {
+  Simd<double>::V x = s - shift;
   FC_UNROLL
   for (int i = 0; i < Simd<double>::kLanes; ++i) x[i] = __builtin_exp(x[i]);
   return x;

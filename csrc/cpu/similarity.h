@@ -11,39 +11,36 @@ namespace FC_ISA {
 static FC_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static FC_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+constexpr int64_t kDepth = 128;  // of D at a time: this stretch of y's panel stays in L1 while the block's rows pass by
+
+// out [R][kPanel] (+)= a stretch of R rows of x^ times a stretch of y^'s panel. Each stretch is summed apart, which also
+// keeps the rounding error of long products down.
 template <class T, int R>
-static FC_INLINE void load_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], const T* from) {
+static FC_INLINE void dot_stretch(const T* x, int64_t rows, const T* y, int64_t depth, bool is_first, T* out) {
+  typedef Simd<T> L;
+  typename L::V acc[R][kVectorsPerPanel] = {};
+  multiply<T, R>(WalkRows{}, x, rows, y, depth, acc);
   FC_UNROLL
   for (int i = 0; i < R; ++i) {
     FC_UNROLL
     for (int v = 0; v < kVectorsPerPanel; ++v) {
-      acc[i][v] = Simd<T>::load(from + i * Simd<T>::kPanel + v * Simd<T>::kLanes);
+      T* p = out + i * L::kPanel + v * L::kLanes;
+      L::store(p, is_first ? acc[i][v] : L::load(p) + acc[i][v]);
     }
   }
 }
 
-// out [rows][kPanel] = x^ y^T (not yet scaled) for one block of x rows and one panel of y columns, kDepth of D at a
-// time, so that this stretch of y's panel stays in L1 while the block's rows pass by.
+// out [rows][kPanel] = x^ y^T (not yet scaled) for one block of x rows and one panel of y columns.
 template <class T>
 static void dot_panel(const Similarity<T>& S, int64_t block, int64_t panel, T* out) {
-  constexpr int64_t W = Simd<T>::kPanel, kDepth = 256;
+  constexpr int64_t W = Simd<T>::kPanel;
   const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+  const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W);
+  const T* y = S.y_columns + panel * W * S.D;
   for (int64_t k = 0; k < S.D; k += kDepth) {
-    const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W) + k * rows;
-    const T* y = S.y_columns + (panel * S.D + k) * W;
-    const int64_t depth = smaller(kDepth, S.D - k);
     for_row_tiles(rows, [&](int64_t r, auto count) {
       constexpr int R = decltype(count)::value;
-      typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
-      if (k) load_tile<T, R>(acc, out + r * W);
-      multiply<T, R>(WalkRows{}, x + r * W, rows, y, depth, acc);
-      FC_UNROLL
-      for (int i = 0; i < R; ++i) {
-        FC_UNROLL
-        for (int v = 0; v < kVectorsPerPanel; ++v) {
-          Simd<T>::store(out + (r + i) * W + v * Simd<T>::kLanes, acc[i][v]);
-        }
-      }
+      dot_stretch<T, R>(x + k * rows + r * W, rows, y + k * W, smaller(kDepth, S.D - k), k == 0, out + r * W);
     });
   }
 }

@@ -11,7 +11,12 @@ TINY_SUM = 1e-25  # below this a sum may have lost negatives to underflow: take 
 
 def fixed_shift(bound: Tensor, rows: int, cols: int) -> Tensor:
     """0-d: max(0, |bound| + log max(N, M) - 60), bound 0-d at least as large as every |S_ij|."""
-    return (bound.abs() + (math.log(max(rows, cols)) - SAFE_EXPONENT)).clamp_min(0.0)
+    return rounded_up(bound.abs() + (math.log(max(rows, cols)) - SAFE_EXPONENT)).clamp_min(0.0)
+
+
+def rounded_up(shift: Tensor) -> Tensor:
+    """To a multiple of 1/16, so that shift + n log 2 can be formed exactly (csrc/cpu/simd.h)."""
+    return torch.ceil(shift * 16.0) / 16.0
 
 
 def needs_exact_path(row_sum: Tensor, col_sum: Tensor) -> bool:
@@ -26,4 +31,4 @@ def is_one_shift(row_shift: Tensor, col_shift: Tensor) -> bool:
 
 def finite_or_zero(shift: Tensor) -> Tensor:
     """A row or column without negatives has the maximum -inf: any shift serves it."""
-    return torch.where(shift == -torch.inf, 0.0, shift)
+    return rounded_up(torch.where(shift == -torch.inf, 0.0, shift))
