@@ -13,6 +13,7 @@ from setuptools import setup
 from setuptools.command.build_ext import build_ext as plain_build_ext
 
 WISH = os.environ.get("FASTCLIP_CPU", "")
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020a000000000000"]  # torch 2.10's ABI
 NOTE = "_C_missing.txt"  # the reason, where the extension is missing; backends/cpu.py shows it
 
 try:
@@ -51,7 +52,7 @@ def extensions():
         CppExtension(
             "fastclip._C",
             ["csrc/cpu/ops.cpp", *(f"csrc/cpu/isa_{isa}.cpp" for isa in isas)],
-            extra_compile_args={"cxx": ["-O3", "-std=c++17", "-ffp-contract=fast", "-DTORCH_TARGET_VERSION=0x020a000000000000"]},
+            extra_compile_args={"cxx": FLAGS},
             py_limited_api=True,
         )
     ]

@@ -1,0 +1,173 @@
+"""The Triton backend: kernels/ on an NVIDIA GPU, cuBLAS for the two plain GEMMs of backward. Contracts: ops.py.
+
+float16 and bfloat16 run on the tensor cores; float32 follows torch.backends.cuda.matmul (IEEE products unless TF32 is
+allowed); float64 is left to the eager backend. Nothing waits for the host, so a CUDA graph can capture every call.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+OLDEST = (3, 6)  # Triton
+MAX_COLUMNS = 2**31 - 2**10  # rows and columns are counted in int32; every offset is int64
+
+DEVICE = "cuda"
+
+
+def why_not(x: Tensor | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton; CUDA wheels of torch bring it)"
+    import triton
+
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, got {triton.__version__}"
+    if interpreted():
+        return _why_not_interpreted(x)
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if x is None:
+        return None
+    if not x.is_cuda:
+        return f"it runs on CUDA tensors, got one on {x.device}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    return _why_not_dtype(x)
+
+
+def describe() -> str:
+    import triton
+
+    where = "interpreter" if interpreted() else torch.cuda.get_device_name()
+    return f"Triton {triton.__version__} on {where}"
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET is set: the kernels then run on the CPU, slowly, for tests."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def precision(x: Tensor) -> str:
+    """How float32 products are formed: "tf32" where torch allows it, else "ieee". Ignored by the 16-bit types."""
+    if x.dtype != torch.float32:
+        return "tf32"
+    chosen = torch.backends.cuda.matmul.fp32_precision
+    chosen = torch.backends.fp32_precision if chosen == "none" else chosen
+    return "tf32" if chosen == "tf32" else "ieee"
+
+
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask):
+    """The operator's contract: ops.py."""
+    from fastclip.kernels import configs, forward, masked
+
+    with _On(x):
+        S = _Problem(x, y, normalize, mask)
+        args = (scale, positive.contiguous())
+        if S.mask is None:
+            return forward.similarity_sums(S.x, S.y, *args, precision(x), configs.workspace())
+        return masked.masked_sums(S.x, S.y, *args, S.mask, precision(x), configs.workspace())
+
+
+def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask):
+    """Gradients of x, y and scale; an empty tensor where `needs` says no."""
+    from fastclip.kernels import backward, configs
+
+    with _On(x):
+        S = _Problem(x, y, normalize, mask)
+        positive, row_shift, col_shift, a, b, d = (t.contiguous() for t in (positive, row_shift, col_shift, a, b, d))
+        grads = backward.similarity_sums_backward(
+            x, y, S.x, S.y, scale, positive, row_shift, col_shift, a, b, d, S.mask, needs, precision(x),
+            configs.workspace(),
+        )  # fmt: skip
+        return _or_empty(grads, (x, y, scale))
+
+
+def similarity_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values):
+    """The operator's contract: ops.py."""
+    from fastclip.kernels import backward, configs
+
+    with _On(x):
+        S = _Problem(x, y, normalize, None)
+        vectors = (t.contiguous() for t in (positive, row_shift, col_shift, a, b, d))
+        return backward.similarity_products(
+            S.x, S.y, scale, *vectors, x_values.contiguous(), y_values.contiguous(), precision(x), configs.workspace()
+        )
+
+
+def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
+    """The operator's contract: sigmoid.py."""
+    from fastclip.kernels import configs, masked, sigmoid
+
+    with _On(x):
+        S = _Problem(x, y, normalize, None)
+        codes = None if mask.row_ids is None else masked.codes(mask.row_ids, mask.col_ids)
+        row_loss, *grads = sigmoid.sigmoid_loss(
+            x, y, S.x, S.y, scale, bias, positive.contiguous(), row_weight.contiguous(), codes, match_is_positive,
+            needs, precision(x), configs.workspace(),
+        )  # fmt: skip
+        return row_loss, *_or_empty(grads, (x, y, scale, bias))
+
+
+def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
+    """The operator's contract: ops.py."""
+    from fastclip.kernels import ranks
+
+    with _On(x):
+        S = _Problem(x, y, normalize, None)
+        return ranks.similarity_ranks(S.x.rows, S.y.rows, scale, rows, cols, precision(x))
+
+
+class _Problem:
+    """Both operands of a call, and its mask as the kernels take it."""
+
+    def __init__(self, x: Tensor, y: Tensor, normalize: bool, mask):
+        from fastclip.kernels import masked
+        from fastclip.kernels.operands import operand
+
+        self.x, self.y = operand(x, normalize), operand(y, normalize)
+        self.mask = None
+        if mask is not None and mask.row_ids is not None:
+            limits = (limit.float().contiguous() for limit in (mask.row_limit, mask.col_limit))
+            self.mask = masked.Mask(*masked.codes(mask.row_ids, mask.col_ids), *limits)
+
+
+def _or_empty(grads, like) -> tuple[Tensor, ...]:
+    """The gradients in the dtype of what they belong to; an empty tensor for None."""
+    return tuple(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+
+
+def _why_not_dtype(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "it computes in float32; float64 features are left to the eager backend"
+    if x.shape[0] > MAX_COLUMNS:
+        return f"it takes at most {MAX_COLUMNS:,} rows, got {x.shape[0]:,}"
+    return None
+
+
+def _why_not_interpreted(x: Tensor | None) -> str | None:
+    if x is None:
+        return None
+    if x.is_cuda:
+        return "TRITON_INTERPRET is set, which runs the kernels on the CPU"
+    if x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
+    return _why_not_dtype(x)
+
+
+class _On:
+    """The tensors' device is current, and autocast does not touch the GEMMs in between."""
+
+    def __init__(self, x: Tensor):
+        self.guards = torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False)
+
+    def __enter__(self) -> None:
+        for guard in self.guards:
+            guard.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for guard in reversed(self.guards):
+            guard.__exit__(*error)
