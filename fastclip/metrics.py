@@ -57,5 +57,6 @@ def topk(query: Tensor, gallery: Tensor, k: int, *, normalize: bool = True) -> t
     prepare = (lambda rows: F.normalize(rows.to(dtype), dim=1)) if normalize else (lambda rows: rows.to(dtype))
     gallery = prepare(gallery)
     step = max(1, CHUNK_ELEMENTS // len(gallery))
-    best = [torch.topk(prepare(rows) @ gallery.T, k, dim=1) for rows in query.split(step)]
+    with torch.autocast(query.device.type, enabled=False):  # which would round the scores
+        best = [torch.topk(prepare(rows) @ gallery.T, k, dim=1) for rows in query.split(step)]
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastclip.backends.shift import finite_or_zero, fixed_shift, is_one_shift, needs_exact_path
 from fastclip.checks import accumulation_dtype
 
-CHUNK_ELEMENTS = 2**22  # elements of one chunk of S: 16 MiB in float32; about three such chunks are alive at once
+CHUNK_ELEMENTS = 2**21  # elements of one chunk of S: 8 MiB in float32; fewer than eight such chunks are alive at once
 
 DEVICE = None
 
@@ -53,7 +53,7 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
         if one_shift:
             G = torch.exp_(S.sub_(row_shift[0])).mul_(by_row + by_col)
         else:
-            G = torch.exp(S - row_shift[rows, None]).mul_(by_row)
+            G = torch.exp_(S - row_shift[rows, None]).mul_(by_row)
             G += torch.exp_(S.sub_(col_shift)).mul_(by_col)
         G.scatter_(1, p, d[rows, None])
         _add_products(G, rows, xn, yn, dx if needs[0] or needs[2] else None, dy if needs[1] else None)
@@ -70,7 +70,7 @@ def similarity_products(x, y, scale, positive, row_shift, col_shift, a, b, d, no
     xn, yn = _prepare(x, normalize).rows, _prepare(y, normalize).rows
     by_row, by_col = torch.empty_like(x_values), torch.zeros_like(y_values)
     for rows, S, p in _chunks(xn, yn, scale, positive):
-        G = torch.exp(S - row_shift[rows, None]).mul_(a[rows, None])
+        G = torch.exp_(S - row_shift[rows, None]).mul_(a[rows, None])
         G += torch.exp_(S.sub_(col_shift)).mul_(b)
         G.scatter_(1, p, d[rows, None])
         _add_products(G, rows, x_values, y_values, by_row, by_col)
@@ -158,8 +158,8 @@ def _sums(xn, yn, scale, positive, row_shift, col_shift, mask):
     col_sum = torch.zeros_like(col_shift)
     for rows, S, p in _chunks(xn, yn, scale, positive):
         pos[rows] = S.gather(1, p)[:, 0]
-        by_row = torch.exp(S - row_shift[rows, None]).scatter_(1, p, 0.0)
-        by_col = by_row if one_shift else torch.exp(S - col_shift).scatter_(1, p, 0.0)
+        by_row = torch.exp_(S - row_shift[rows, None]).scatter_(1, p, 0.0)
+        by_col = by_row if one_shift else torch.exp_(S - col_shift).scatter_(1, p, 0.0)
         if mask.row_ids is not None:
             out_of_rows, out_of_cols = _masked(S, rows, mask)
             by_row, by_col = by_row.masked_fill(out_of_rows, 0.0), by_col.masked_fill(out_of_cols, 0.0)

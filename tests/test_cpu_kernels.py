@@ -1,0 +1,194 @@
+"""csrc/cpu: sizes on both sides of every tile, poisoned and guarded buffers, and each instruction set.
+
+Sizes: tiles of 6 rows, panels of 8, 16 or 64 columns, blocks of 192 rows, waves of 1920, and 32 groups of partial sums
+(so that more than 2048 columns or 6144 rows share a group).
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from cases import SIZES, assert_close, features, run_python, sizes, truth, value_and_grads
+
+from fastclip import available_backends, clip_loss, ops
+from fastclip.backends import cpu, eager
+
+pytestmark = pytest.mark.skipif(
+    "cpu" not in available_backends(), reason=f"the C++ kernels are not built here: {cpu.why_not(None)}"
+)
+
+
+@pytest.mark.parametrize("d", [3, 65], ids=["narrow", "wide-panel+1"])
+@pytest.mark.parametrize("n", [1919, 1920, 1921, 2113], ids=["wave-1", "wave", "wave+1", "ragged-wave"])
+def test_waves_of_the_backward_pass(n, d):
+    image, text = features(n, d)
+    got = value_and_grads(clip_loss, image, text, 5.0, backend="cpu")
+    assert_close(got, truth(image, text, 5.0), torch.float32, ulps=2048)
+
+
+def test_more_blocks_than_groups_of_partial_sums():
+    n = 32 * 192 + 1
+    image, text = features(n, 2)
+    got = clip_loss(image, text, 3.0, backend="cpu", return_stats=True)
+    want = clip_loss(image.double(), text.double(), 3.0, backend="eager", return_stats=True)
+    torch.testing.assert_close(got[0].double(), want[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1].image_lse.double(), want[1].image_lse, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1].text_lse.double(), want[1].text_lse, rtol=1e-6, atol=0)
+
+
+class Guard:
+    """Allocates like torch.empty and friends, with a margin on both sides of every buffer, NaN in and around it."""
+
+    MARGIN = 64
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.buffers = []
+        self.plain_empty = torch.empty
+        patch.setattr(torch, "empty", self.empty)
+        patch.setattr(torch, "empty_like", lambda x, dtype=None: self.empty(*x.shape, dtype=dtype or x.dtype))
+        for name, value in (("new_empty", None), ("new_zeros", 0)):
+            patch.setattr(torch.Tensor, name, self.method(value))
+
+    def empty(self, *shape, dtype=torch.float32, **_options):
+        shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
+        count = math.prod(shape)
+        # Integers have no NaN: a value that would show in any sum or index.
+        poison = torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min // 2
+        whole = self.plain_empty(count + 2 * self.MARGIN, dtype=dtype).fill_(poison)
+        self.buffers.append((whole, count))
+        return whole[self.MARGIN : self.MARGIN + count].view(shape)
+
+    def method(self, value):
+        def allocate(like, *shape, dtype=None, **_options):
+            buffer = self.empty(*shape, dtype=dtype or like.dtype)
+            return buffer if value is None else buffer.fill_(value)
+
+        return allocate
+
+    def check(self) -> None:
+        assert self.buffers
+        for whole, count in self.buffers:
+            margins = torch.cat([whole[: self.MARGIN], whole[self.MARGIN + count :]])
+            untouched = margins.isnan() if margins.is_floating_point() else margins == torch.iinfo(whole.dtype).min // 2
+            assert untouched.all(), f"a kernel wrote outside a buffer of {count} {whole.dtype}"
+
+
+def surrounded_by_nan(x):
+    whole = torch.full((x.shape[0] + 6, x.shape[1] + 10), torch.nan, dtype=x.dtype)
+    whole[3:-3, 5:-5] = x
+    return whole[3:-3, 5:-5]
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["one-shift", "exact-path"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 16, 17, 65], ids=["one", "panel", "panel+1", "wide-panel+1"])
+@pytest.mark.parametrize("n", **sizes("one", "tile-1", "tile+1", "panel+1", "wide-panel+1", "block+1"))
+def test_nothing_is_read_or_written_outside_the_buffers(n, d, dtype, exact, monkeypatch):
+    image, text = features(n, d, "cpu", dtype)
+    if exact:
+        text = -image
+    scale, positive = torch.tensor(300.0 if exact else 8.0, dtype=cpu.accumulation_dtype(dtype)), torch.arange(n)
+
+    def everything(x, y):
+        sums = cpu.similarity_sums(x, y, scale, positive, True, ops.NO_MASK)
+        upstream = [torch.linspace(1, 2, n, dtype=scale.dtype) for _ in range(3)]
+        needs = [True, True, True]
+        grads = cpu.similarity_sums_backward(x, y, scale, positive, *sums[2:4], *upstream, True, needs, ops.NO_MASK)
+        return *sums, *grads, *cpu.similarity_ranks(x, y, scale, positive, positive, True)
+
+    want = everything(image, text)
+    with monkeypatch.context() as patch:
+        guard = Guard(patch)
+        got = everything(surrounded_by_nan(image), surrounded_by_nan(text))
+        guard.check()
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def test_the_guard_catches_a_write_outside(monkeypatch):
+    with monkeypatch.context() as patch:
+        guard = Guard(patch)
+        buffer = torch.ones(2).new_empty(3)
+        guard.check()
+        buffer.as_strided((1,), (1,), buffer.storage_offset() + 3).fill_(0)
+        with pytest.raises(AssertionError, match="wrote outside"):
+            guard.check()
+
+
+def test_uninitialised_memory_is_never_used(backend):
+    """torch's own poison: with deterministic algorithms on, torch.empty is NaN (for integers, the largest value)."""
+    if backend not in ("cpu", "eager"):
+        pytest.skip("poisons CPU allocations only")
+    image, text = features(SIZES["block+1"], 17, backend)
+
+    def everything():
+        loss, stats = clip_loss(image, text, 20.0, label_smoothing=0.1, return_stats=True, backend=backend)
+        return loss, *vars(stats).values(), *value_and_grads(clip_loss, image, text, 20.0, backend=backend)
+
+    want = everything()
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        got = everything()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+
+
+def isa_results(isa: str) -> dict:
+    code = """
+import json, torch
+from fastclip import clip_loss
+from fastclip.backends import cpu
+generator = torch.Generator().manual_seed(0)
+assert cpu.why_not(None) is None, cpu.why_not(None)
+result = {"name": cpu.describe()}
+for dtype in (torch.float32, torch.bfloat16, torch.float64):
+    for n, d, scale in ((7, 3, 5.0), (201, 67, 30.0), (201, 2, 3000.0)):
+        x, y = (torch.randn(n, d, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+        loss, stats = clip_loss(x, y, scale, backend="cpu", return_stats=True)
+        loss.backward()
+        key = f"{dtype} {n} {d} {scale}"
+        values = [loss.item(), stats.mean_rank.item(), *x.grad.double().flatten().tolist()]
+        result[key] = [*values, *y.grad.double().flatten().tolist()]
+print(json.dumps(result))
+"""
+    done = run_python(code, FASTCLIP_CPU_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_every_instruction_set_agrees():
+    best, *others = (isa_results(isa) for isa in ("", "avx2", "baseline") if isa != "avx2" or runs("avx2"))
+    assert "baseline" in others[-1]["name"]
+    for other in others:
+        for key, values in other.items():
+            if key == "name":
+                continue
+            got, want = torch.tensor(values, dtype=torch.float64), torch.tensor(best[key], dtype=torch.float64)
+            tolerance = {"float64": 1e-11, "float32": 2e-4, "bfloat16": 1e-2}[key.split()[0].removeprefix("torch.")]
+            assert got[1] == want[1], f"{key}: mean rank"
+            assert (got - want).norm() <= tolerance * want.norm(), key
+
+
+def runs(isa: str) -> bool:
+    code = "from fastclip.backends import cpu; cpu.why_not(None); cpu.describe()"
+    return run_python(code, FASTCLIP_CPU_ISA=isa).returncode == 0
+
+
+def test_an_unknown_instruction_set_is_refused_by_name():
+    code = "import torch; from fastclip import clip_loss; x = torch.ones(2, 2); clip_loss(x, x, 1.0, backend='cpu')"
+    done = run_python(code, FASTCLIP_CPU_ISA="sse9")
+    assert done.returncode == 1
+    assert "FASTCLIP_CPU_ISA must be avx512, avx2 or baseline and run on this processor, got sse9" in done.stderr
+
+
+def test_eager_agrees_in_several_chunks(monkeypatch):
+    image, text = features(101, 8)
+    whole = value_and_grads(clip_loss, image, text, 10.0, backend="eager")
+    ranks = clip_loss(image, text, 10.0, backend="eager", return_stats=True)[1].mean_rank
+    monkeypatch.setattr(eager, "CHUNK_ELEMENTS", 1000)  # 9 rows at a time
+    assert_close(value_and_grads(clip_loss, image, text, 10.0, backend="eager"), whole, torch.float32)
+    assert clip_loss(image, text, 10.0, backend="eager", return_stats=True)[1].mean_rank == ranks
