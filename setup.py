@@ -64,6 +64,7 @@ setup(
         "fastclip.backends",
         "fastclip.clip",
         "fastclip.data",
+        "fastclip.integrations",
         "fastclip.train",
         "fastclip.kernels",
     ],
