@@ -100,9 +100,11 @@ def test_options_reach_the_command(monkeypatch, tmp_path):
 def test_env_prints_the_backends_report(capsys, monkeypatch):
     from fastclip import backends
 
-    monkeypatch.setattr(backends, "report", lambda: "cpu: ready", raising=False)
+    monkeypatch.setattr(backends, "report", lambda: "  cpu  yes: ready")
     cli.main(["env"])
-    assert capsys.readouterr().out == "cpu: ready\n"
+    printed = capsys.readouterr().out
+    assert printed.endswith("  cpu  yes: ready\n")
+    assert all(word in printed for word in ("Versions", "torch", "Processor", "GPUs", "Backends"))
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], ["demo", "--stepz", "3"], []], ids=["command", "option", "none"])
