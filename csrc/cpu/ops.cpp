@@ -72,6 +72,13 @@ void parallel_for(int64_t count, void (*task)(int64_t, void*), void* context) {
   });
 }
 
+void serial_for(int64_t count, void (*task)(int64_t, void*), void* context) {
+  for (int64_t i = 0; i < count; ++i) task(i, context);
+}
+
+// Waking the threads costs more than packing a few rows.
+ParallelFor for_elements(int64_t count) { return count < (1 << 18) ? serial_for : parallel_for; }
+
 template <class T>
 T* data(const Tensor& t, int64_t at_least, const char* name) {
   STD_TORCH_CHECK(t.numel() >= at_least && t.is_contiguous(), name, " must be contiguous and hold ", at_least,
@@ -117,7 +124,7 @@ void pack(Tensor x, bool normalize, Tensor length, Tensor rows, Tensor columns) 
     Pack<T> p = {{x.data_ptr(), element_of(x), n, d, x.stride(0)}, normalize, data<T>(length, n, "length"), nullptr, nullptr};
     if (rows.numel()) p.rows = data<T>(rows, n * padded(d, k.panel), "rows");
     if (columns.numel()) p.columns = data<T>(columns, padded(n, k.panel) * d, "columns");
-    k.pack(p, parallel_for);
+    k.pack(p, for_elements(n * d));
   });
 }
 
@@ -263,7 +270,7 @@ void finish(Tensor x_rows, Tensor length, Tensor dx, int64_t d, double scale, bo
     Finish<T> f = {n, d, data<T>(x_rows, n * width, "x_rows"), data<T>(length, n, "length"), data<T>(dx, n * width, "dx"),
                    T(scale), normalize, nullptr, element_of(grad), data<double>(inner, n, "inner")};
     if (grad.numel()) f.grad = data<char>(grad, n * d, "grad");
-    kernels<T>().finish(f, parallel_for);
+    kernels<T>().finish(f, for_elements(n * d));
   });
 }
 
