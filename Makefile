@@ -13,6 +13,9 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 
+gpu:
+	$(PYTHON) -m benchmarks.gpu
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

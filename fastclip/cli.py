@@ -15,6 +15,7 @@ from typing import Annotated
 import tyro
 
 from fastclip.train.config import DemoConfig, UserError
+from fastclip.tune import TuneConfig, tune
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,20 @@ class Env:
         print(env.report())
 
 
-COMMANDS = {"demo": Demo, "search": Search, "env": Env}
+@dataclass(frozen=True)
+class Tune(TuneConfig):
+    """Measure the Triton kernels' tiles on this GPU and keep the fastest in ~/.config/fastclip/tiles.json."""
+
+    def run(self) -> None:
+        from fastclip import backends
+
+        reason = backends.why_not("triton")
+        if reason is not None:
+            raise UserError(f"tune measures on a GPU: {reason}")
+        print(f"Tiles: {tune(self)}")
+
+
+COMMANDS = {"demo": Demo, "search": Search, "env": Env, "tune": Tune}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

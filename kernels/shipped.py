@@ -111,9 +111,7 @@ def compile_case(case: Case) -> Built:
     constants = {name: numbers[name] for name in kernel.arg_names if name in numbers}
     signature = {name: "constexpr" if name in constants else _type(name, case) for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]
-    attrs = {
-        (i,): aligned for i, name in enumerate(kernel.arg_names) if name.startswith("p_") or name in ("ld", "DP")
-    }
+    attrs = {(i,): aligned for i, name in enumerate(kernel.arg_names) if name.startswith("p_") or name in ("ld", "DP")}
     source = ASTSource(kernel, signature, constants, attrs)
     target = GPUTarget("cuda", int(case.chip.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)

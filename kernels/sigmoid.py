@@ -81,9 +81,7 @@ def sigmoid_kernel(
     """One tile of the value."""
     i_n, i_m = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
     row, col = i_n.to(tl.int64) * BN, i_m.to(tl.int64) * BM
-    t = tile_logits(
-        p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION
-    )
+    t = tile_logits(p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION)
     loss = softplus(t, tl.exp2(-tl.abs(t) * LOG2_E))
     store_row_sums(p_loss_part, loss, p_positive, row, col, first_col, i_m, N, M, BN, BM)
 
@@ -97,9 +95,7 @@ def sigmoid_gradient_kernel(
     """One tile of the value and of gain * G."""
     i_n, i_m = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
     row, col = i_n.to(tl.int64) * BN, i_m.to(tl.int64) * BM
-    t = tile_logits(
-        p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION
-    )
+    t = tile_logits(p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION)
     e = tl.exp2(-tl.abs(t) * LOG2_E)
     store_row_sums(p_loss_part, softplus(t, e), p_positive, row, col, first_col, i_m, N, M, BN, BM)
     g = tl.where(t >= 0.0, 1.0, e) / (1.0 + e) * weight_block(p_weight, p_const, row, N, BN)
@@ -116,9 +112,7 @@ def matched_sigmoid_kernel(
     """One tile of the value where pairs carry ids: matches are positives too, or are left out."""
     i_n, i_m = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
     row, col = i_n.to(tl.int64) * BN, i_m.to(tl.int64) * BM
-    t = tile_logits(
-        p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION
-    )
+    t = tile_logits(p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION)
     match = matches_in_tile(p_row_code, p_col_code, row, col, N, M, BN, BM)
     loss = softplus(tl.where(match, -t, t), tl.exp2(-tl.abs(t) * LOG2_E))
     loss = tl.where(match & (match_is_positive == 0), 0.0, loss)
@@ -134,9 +128,7 @@ def matched_sigmoid_gradient_kernel(
     """One tile of the value and of gain * G where pairs carry ids."""
     i_n, i_m = tile_of(tl.program_id(0), tl.cdiv(N, BN), tl.cdiv(M, BM), GROUP)
     row, col = i_n.to(tl.int64) * BN, i_m.to(tl.int64) * BM
-    t = tile_logits(
-        p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION
-    )
+    t = tile_logits(p_x, p_y, p_positive, p_scale, p_bias, p_pos, row, col, first_col, N, M, DP, BN, BM, BD, PRECISION)
     match = matches_in_tile(p_row_code, p_col_code, row, col, N, M, BN, BM)
     left_out = match & (match_is_positive == 0)
     t = tl.where(match, -t, t)

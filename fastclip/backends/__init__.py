@@ -20,7 +20,7 @@ _default: str | None = None
 
 def available_backends(x: Tensor | None = None) -> list[str]:
     """Names of the backends that can run here (on x, where given), fastest first."""
-    return [name for name in NAMES if _why_not(name, x) is None]
+    return [name for name in NAMES if why_not(name, x) is None]
 
 
 def set_backend(name: str | None) -> None:
@@ -39,7 +39,7 @@ def choose(x: Tensor, name: str) -> ModuleType:
     wish = name or _default
     if wish:
         return _require(wish, x)
-    chosen = next(name for name in NAMES if _why_not(name, x) is None)
+    chosen = next(name for name in NAMES if why_not(name, x) is None)
     for passed_over in NAMES[: NAMES.index(chosen)]:
         if _load(passed_over).DEVICE == x.device.type:
             _warn_once(passed_over, chosen)
@@ -50,7 +50,7 @@ def report() -> str:
     """What `fastclip env` prints: one line a backend, with the reason where it cannot run."""
     lines = []
     for name in NAMES:
-        reason = _why_not(name, None)
+        reason = why_not(name, None)
         lines.append(f"  {name:8s} {'yes: ' + _load(name).describe() if reason is None else 'no:  ' + reason}")
     return "\n".join(lines)
 
@@ -58,19 +58,20 @@ def report() -> str:
 def _require(name: str, x: Tensor | None) -> ModuleType:
     if name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {name!r}")
-    reason = _why_not(name, x)
+    reason = why_not(name, x)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
     return _load(name)
 
 
-def _why_not(name: str, x: Tensor | None) -> str | None:
+def why_not(name: str, x: Tensor | None = None) -> str | None:
+    """Why the named backend cannot run x (with None: anything on this machine), or None where it can."""
     return _load(name).why_not(x)
 
 
 @functools.cache
 def _warn_once(name: str, instead: str) -> None:
-    reason = _why_not(name, None)
+    reason = why_not(name, None)
     if reason is not None:
         warnings.warn(f"fastclip: backend {name!r} cannot run here ({reason}); using {instead!r}", stacklevel=2)
 

@@ -6,34 +6,50 @@ allowed); float64 is left to the eager backend. Nothing waits for the host, so a
 
 import functools
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
 
 OLDEST = (3, 6)  # Triton
-MAX_COLUMNS = 2**31 - 2**10  # rows and columns are counted in int32; every offset is int64
+MAX_COLUMNS = 2**31 - 2**14  # rows and columns are counted in int32; every offset is int64
 
 DEVICE = "cuda"
 
 
 def why_not(x: Tensor | None) -> str | None:
+    return _why_not_here() or (None if x is None else _why_not_tensor(x))
+
+
+@functools.cache
+def _why_not_here() -> str | None:
+    """What this machine lacks; asked once, since every call of an operator asks why_not."""
+    if not torch.cuda.is_available() and not interpreted():
+        return "no CUDA device"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton; CUDA wheels of torch bring it)"
     import triton
 
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         return f"it needs Triton {OLDEST[0]}.{OLDEST[1]} or newer, got {triton.__version__}"
+    return None
+
+
+def _why_not_tensor(x: Tensor) -> str | None:
     if interpreted():
-        return _why_not_interpreted(x)
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if x is None:
-        return None
-    if not x.is_cuda:
+        if x.is_cuda:
+            return "TRITON_INTERPRET is set, which runs the kernels on the CPU"
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+    elif not x.is_cuda:
         return f"it runs on CUDA tensors, got one on {x.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    elif torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "it needs compute capability 8.0 or newer"
-    return _why_not_dtype(x)
+    if x.dtype == torch.float64:
+        return "it computes in float32; float64 features are left to the eager backend"
+    if x.shape[0] > MAX_COLUMNS:
+        return f"it takes at most {MAX_COLUMNS:,} rows, got {x.shape[0]:,}"
+    return None
 
 
 def describe() -> str:
@@ -43,12 +59,9 @@ def describe() -> str:
     return f"Triton {triton.__version__} on {where}"
 
 
-@functools.cache
 def interpreted() -> bool:
-    """Whether TRITON_INTERPRET is set: the kernels then run on the CPU, slowly, for tests."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
+    """Whether TRITON_INTERPRET=1: the kernels then run on the CPU, slowly, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def precision(x: Tensor) -> str:
@@ -64,7 +77,7 @@ def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, norma
     """The operator's contract: ops.py."""
     from fastclip.kernels import configs, forward, masked
 
-    with _On(x):
+    with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, mask)
         args = (scale, positive.contiguous())
         if S.mask is None:
@@ -76,7 +89,7 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     from fastclip.kernels import backward, configs
 
-    with _On(x):
+    with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, mask)
         positive, row_shift, col_shift, a, b, d = (t.contiguous() for t in (positive, row_shift, col_shift, a, b, d))
         grads = backward.similarity_sums_backward(
@@ -90,7 +103,7 @@ def similarity_products(x, y, scale, positive, row_shift, col_shift, a, b, d, no
     """The operator's contract: ops.py."""
     from fastclip.kernels import backward, configs
 
-    with _On(x):
+    with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, None)
         vectors = (t.contiguous() for t in (positive, row_shift, col_shift, a, b, d))
         return backward.similarity_products(
@@ -102,7 +115,7 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     """The operator's contract: sigmoid.py."""
     from fastclip.kernels import configs, masked, sigmoid
 
-    with _On(x):
+    with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, None)
         codes = None if mask.row_ids is None else masked.codes(mask.row_ids, mask.col_ids)
         row_loss, *grads = sigmoid.sigmoid_loss(
@@ -116,7 +129,7 @@ def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Te
     """The operator's contract: ops.py."""
     from fastclip.kernels import ranks
 
-    with _On(x):
+    with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, None)
         return ranks.similarity_ranks(S.x.rows, S.y.rows, scale, rows, cols, precision(x))
 
@@ -138,36 +151,3 @@ class _Problem:
 def _or_empty(grads, like) -> tuple[Tensor, ...]:
     """The gradients in the dtype of what they belong to; an empty tensor for None."""
     return tuple(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
-
-
-def _why_not_dtype(x: Tensor) -> str | None:
-    if x.dtype == torch.float64:
-        return "it computes in float32; float64 features are left to the eager backend"
-    if x.shape[0] > MAX_COLUMNS:
-        return f"it takes at most {MAX_COLUMNS:,} rows, got {x.shape[0]:,}"
-    return None
-
-
-def _why_not_interpreted(x: Tensor | None) -> str | None:
-    if x is None:
-        return None
-    if x.is_cuda:
-        return "TRITON_INTERPRET is set, which runs the kernels on the CPU"
-    if x.dtype == torch.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly"
-    return _why_not_dtype(x)
-
-
-class _On:
-    """The tensors' device is current, and autocast does not touch the GEMMs in between."""
-
-    def __init__(self, x: Tensor):
-        self.guards = torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False)
-
-    def __enter__(self) -> None:
-        for guard in self.guards:
-            guard.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for guard in reversed(self.guards):
-            guard.__exit__(*error)
