@@ -13,8 +13,9 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks
 
+# On a machine with a GPU: the system's Python with torch, triton, numpy and pytest; no install, no network.
 gpu:
-	$(PYTHON) -m benchmarks.gpu
+	PYTHONSAFEPATH=1 PYTHONPATH=$$($(PYTHON) benchmarks/gpu_path.py) $(PYTHON) -m benchmarks.gpu
 
 lint: .venv/ready
 	$(BIN)/ruff check .
