@@ -22,7 +22,7 @@ def report() -> str:
             f"  python                 {platform.python_version()} on {platform.system()} {platform.machine()}",
             *(f"  {name:22s} {_version(name)}" for name in PACKAGES),
             "Processor",
-            f"  {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+            f"  {processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
             f"  features: {' '.join(_features()) or 'unknown'}",
             "GPUs",
             *_gpus(),
@@ -45,7 +45,8 @@ def _cpuinfo(field: str) -> str:
     return match[1] if match else ""
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, for a results file."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 

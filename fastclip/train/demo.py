@@ -18,6 +18,7 @@ from fastclip.data.augment import Augment
 from fastclip.data.digits import WORDS, load_digit_scans
 from fastclip.data.glyphs import load_glyphs
 from fastclip.data.pairs import UniqueCaptions
+from fastclip.env import processor
 from fastclip.train import report
 from fastclip.train.checkpoint import save_json, save_model
 from fastclip.train.config import DemoConfig, TrainConfig, UserError
@@ -138,7 +139,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             "augment": asdict(augment),
         },
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
