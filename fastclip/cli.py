@@ -1,4 +1,4 @@
-"""The command line: one frozen dataclass per command, each with a run method.
+"""The command line: the table of commands, and how their errors reach the user.
 
 A mistake of the user's ends in one line on stderr and a non-zero exit code; only bugs leave a traceback.
 """
@@ -8,73 +8,21 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import tyro
 
-from fastclip.train.config import DemoConfig, UserError
-from fastclip.tune import TuneConfig, tune
+from fastclip.commands.demo import Demo
+from fastclip.commands.env import Env
+from fastclip.commands.search import Search
+from fastclip.commands.tune import Tune
+from fastclip.errors import UserError
 
-
-@dataclass(frozen=True)
-class Demo(DemoConfig):
-    """Train a small CLIP on the pictures and names of characters, and show what it has learnt."""
-
-    def run(self) -> None:
-        from fastclip.train.demo import demo
-
-        demo(self)
-
-
-@dataclass(frozen=True)
-class Search:
-    """Find characters by words with the model that the demo trained."""
-
-    query: tyro.conf.Positional[str]
-    """What to look for, such as "snowman"."""
-    run_folder: Annotated[Path, tyro.conf.arg(name="run")] = Path("runs/demo")
-    """Folder that `fastclip demo` wrote."""
-    top: int = 10
-    """How many names to print."""
-    out: Path | None = None
-    """The picture to write; RUN/search-QUERY.png if not given."""
-
-    def run(self) -> None:
-        from fastclip.train.search import search
-
-        found, picture = search(self.query, self.run_folder, self.top, self.out)
-        for place, hit in enumerate(found, 1):
-            face = f"{hit.face}, never trained on" if hit.held_out else hit.face
-            print(f"{place:>3}  {hit.score:5.2f}  {hit.name}  ({face})")
-        print(f"Pictures: {picture}")
-
-
-@dataclass(frozen=True)
-class Env:
-    """Print versions, processor, threads and GPUs, and which backends can run here."""
-
-    def run(self) -> None:
-        from fastclip import env
-
-        print(env.report())
-
-
-@dataclass(frozen=True)
-class Tune(TuneConfig):
-    """Measure the Triton kernels' tiles on this GPU and keep the fastest in ~/.config/fastclip/tiles.json."""
-
-    def run(self) -> None:
-        from fastclip import backends
-
-        reason = backends.why_not("triton")
-        if reason is not None:
-            raise UserError(f"tune measures on a GPU: {reason}")
-        print(f"Tiles: {tune(self)}")
-
-
-COMMANDS = {"demo": Demo, "search": Search, "env": Env, "tune": Tune}
+COMMANDS = {
+    "demo": Demo,
+    "search": Search,
+    "env": Env,
+    "tune": Tune,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

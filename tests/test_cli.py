@@ -12,7 +12,7 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("safetensors")
 
 from fastclip import cli
-from fastclip.train.config import UserError
+from fastclip.errors import UserError
 
 
 def fails(capsys, *arguments: str) -> tuple[int, str]:

@@ -19,10 +19,11 @@ pytest.importorskip("tqdm")
 
 from PIL import Image
 
+from fastclip.errors import UserError
 from fastclip.train import demo as demo_module
 from fastclip.train import search as search_module
 from fastclip.train.checkpoint import load_model
-from fastclip.train.config import DemoConfig, TrainConfig, UserError
+from fastclip.train.config import DemoConfig, TrainConfig
 from fastclip.train.evaluate import confusion_matrix, ties
 from fastclip.train.search import search
 from fastclip.train.summary import recalls

@@ -1,6 +1,7 @@
 """The layering of design: imports go one way, and what is optional is imported when it is first needed.
 
-cli -> train -> {clip, data, modules, loss, distributed, grad_cache, metrics} -> ops -> backends -> {kernels, checks}
+cli -> commands -> train -> {clip, data, evaluate, modules, loss, distributed, grad_cache, metrics} -> ops -> backends
+-> {kernels, checks}
 """
 
 import ast
@@ -16,9 +17,11 @@ KERNELS = PACKAGE.parent / "kernels"
 
 # Each part may import from its own level and from those below it.
 LEVELS = {
-    "__main__": 7,
-    "cli": 6,
+    "__main__": 8,
+    "cli": 7,
+    "commands": 6,
     "train": 5,
+    "evaluate": 4,
     "env": 5,
     "tune": 5,
     "integrations": 5,
@@ -36,13 +39,39 @@ LEVELS = {
     "sigmoid": 2,
     "registry": 2,
     "backends": 1,
+    "errors": 0,
     "checks": 0,  # no import of its own: every level may use it
     "kernels": 0,
     "reference": 0,
 }
 # Needed by some users only, or slow to import.
-OPTIONAL = ("triton", "matplotlib", "sklearn", "tyro", "tokenizers", "safetensors", "PIL", "tqdm", "torchvision")
-LAZY = {"cli", "__main__", "clip", "data", "train", "integrations", "kernels"}  # parts that may import them at the top
+OPTIONAL = (
+    "triton",
+    "matplotlib",
+    "sklearn",
+    "tyro",
+    "tokenizers",
+    "safetensors",
+    "PIL",
+    "tqdm",
+    "torchvision",
+    "webdataset",
+    "tensorboard",
+    "datasets",
+    "pyarrow",
+    "fsspec",
+)
+LAZY = {
+    "cli",
+    "commands",
+    "evaluate",
+    "__main__",
+    "clip",
+    "data",
+    "train",
+    "integrations",
+    "kernels",
+}  # parts that may import them at the top
 
 
 def part_of(module: str) -> str:

@@ -14,7 +14,7 @@ from fastclip.clip.config import ClipConfig
 from fastclip.clip.model import Clip
 from fastclip.clip.tokenizer import BpeTokenizer
 from fastclip.data.cache import write_atomic
-from fastclip.train.config import UserError
+from fastclip.errors import UserError
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
 

@@ -1,13 +1,11 @@
-"""What a training run is made of, as frozen data, and the errors that a user can cause."""
+"""What a training run is made of, as frozen data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-class UserError(Exception):
-    """Something the user can put right; the command line prints the message alone."""
+from fastclip.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from fastclip.data.digits import WORDS, load_digit_scans
 from fastclip.data.glyphs import load_glyphs
 from fastclip.data.pairs import UniqueCaptions
 from fastclip.env import processor
+from fastclip.errors import UserError
 from fastclip.train import report
 from fastclip.train.checkpoint import save_json, save_model
-from fastclip.train.config import DemoConfig, TrainConfig, UserError
+from fastclip.train.config import DemoConfig, TrainConfig
 from fastclip.train.evaluate import classify, confusion_matrix, encode
 from fastclip.train.memory import memory
 from fastclip.train.progress import Progress

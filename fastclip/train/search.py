@@ -13,8 +13,8 @@ import torch
 from fastclip.clip.model import Clip
 from fastclip.data.glyphs import Glyphs, load_glyphs
 from fastclip.data.pairs import to_float
+from fastclip.errors import UserError
 from fastclip.train.checkpoint import load_model, save_tensors
-from fastclip.train.config import UserError
 from fastclip.train.evaluate import encode
 from fastclip.train.report import Found, gallery
 

@@ -13,7 +13,8 @@ import torch
 
 from fastclip import clip_loss
 from fastclip.clip.model import Clip
-from fastclip.train.config import TrainConfig, UserError
+from fastclip.errors import UserError
+from fastclip.train.config import TrainConfig
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

@@ -1,0 +1,1 @@
+"""The commands of `fastclip`: one file and one frozen dataclass each, with a run method that imports what it needs."""
