@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastclip import backends
 from fastclip.checks import accumulation_dtype
-from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted
+from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted, with_signature
 
 
 class Mask(NamedTuple):
@@ -78,6 +78,7 @@ def similarity_products(
     return torch.ops.fastclip.similarity_products(*args)
 
 
+@with_signature
 class _SimilaritySums(torch.autograd.Function):
     """G_ij = exp(S_ij - shift) (a_i + b_j) off the positives, from the two vectors a and b alone (math.md, eq. 6)."""
 
@@ -101,9 +102,9 @@ class _SimilaritySums(torch.autograd.Function):
         x, y, scale, positive, row_shift, col_shift, *mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         weights = (grad_row_sum, grad_col_sum, grad_pos)
-        grads = _SimilaritySumsBackward.apply(
-            x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *mask
-        )
+        # Gradients that may be differentiated again are tied to their inputs, so that doing it raises.
+        run = _SimilaritySumsBackward.apply if torch.is_grad_enabled() else torch.ops.fastclip.similarity_sums_backward
+        grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *mask)
         return *wanted(grads, needs), *(None,) * 7
 
 

@@ -1,6 +1,7 @@
 """How fastclip's operators are registered: schema, implementation for every device, fake kernel, vmap."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,6 +19,12 @@ def register(schema: str, run: Callable, fake: Callable) -> None:
     _lib.impl(name, _without_autocast(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastclip::{name}", fake, lib=_lib)
     torch.library.register_vmap(f"fastclip::{name}", _by_loop(getattr(torch.ops.fastclip, name)), lib=_lib)
+
+
+def with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Class decorator: torch reads forward's signature at each call, and making it anew takes as long as a kernel."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
 
 
 def same_device(*tensors: Tensor | None) -> None:
@@ -42,6 +49,8 @@ def _without_autocast(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def plain(x, *args, **kwargs):
+        if not torch.is_autocast_enabled(x.device.type):
+            return run(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return run(x, *args, **kwargs)
 

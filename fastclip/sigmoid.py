@@ -10,7 +10,7 @@ from torch import Tensor
 from fastclip import backends
 from fastclip.checks import accumulation_dtype
 from fastclip.ops import NO_MASK, Mask
-from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted
+from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted, with_signature
 
 
 def sigmoid_loss(
@@ -51,6 +51,7 @@ def sigmoid_row_losses(
     return _SigmoidRows.apply(x, y, scale, bias, positive, ones, normalize, backend or "", *mask[:2], match_is_positive)
 
 
+@with_signature
 class _SigmoidLoss(torch.autograd.Function):
     """The gradients come with the value; backward only multiplies them by what comes from above."""
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip import checks, ops
+from fastclip.registry import with_signature
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def gap(total: Tensor, shift: Tensor, pos: Tensor) -> Tensor:
 
     So from here to the loss everything is float64, O(N) of it, except on MPS, which has none.
     """
-    wide = total.dtype if total.device.type == "mps" else torch.float64
-    return log_sum(total.to(wide)) + (shift.to(wide) - pos.to(wide))
+    return _Gap.apply(total, shift, pos)
 
 
 def cross_entropy(gap: Tensor) -> Tensor:
@@ -154,6 +154,30 @@ def _mask(x, y, scale, positive, options: Options, x_ids, y_ids) -> ops.Mask:
             # A key shared by several queries keeps the strictest of their limits.
             col_limit = col_limit.scatter_reduce(0, positive, row_limit, "amin")
     return ops.Mask(x_ids, y_ids, row_limit, col_limit)
+
+
+@with_signature
+class _Gap(torch.autograd.Function):
+    """One node for gap(); a total of exactly 0 (no negatives) gives -inf and a zero gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(total, shift, pos):
+        wide = total.dtype if total.device.type == "mps" else torch.float64
+        return torch.log(total.to(wide)) + (shift.to(wide) - pos.to(wide))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        total, _, pos = inputs
+        ctx.save_for_backward(total)
+        ctx.pos_dtype = pos.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        (total,) = ctx.saved_tensors
+        by_total = torch.where(total == 0, 0.0, grad / total)
+        return by_total.to(total.dtype), None, -grad.to(ctx.pos_dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):

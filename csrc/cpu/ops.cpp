@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "problem.h"
@@ -160,9 +161,17 @@ void set_mask(Similarity<T>& S, const Tensor& row_ids, const Tensor& col_ids, co
             data<T>(row_limit, S.N, "row_limit"), data<T>(col_limit, S.M, "col_limit")};
 }
 
-void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
+// Whether a fixed shift lost nothing: backends/shift.py's needs_exact_path, without five passes over the sums.
+template <class T>
+bool in_range(const T* sum, int64_t count) {
+  return std::all_of(sum, sum + count, [](T s) { return s >= T(1e-25) && s <= std::numeric_limits<T>::max(); });
+}
+
+// True if every sum is in the range where a fixed shift loses nothing.
+bool sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
           Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
           Tensor pos) {
+  bool lost_nothing = false;
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     Sums<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
@@ -173,7 +182,9 @@ void sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, doub
     p.row_partial = data<double>(row_partial, p.col_groups * n, "row_partial");
     p.col_partial = data<double>(col_partial, p.row_groups * m, "col_partial");
     kernels<T>().sums(p, parallel_for);
+    lost_nothing = in_range(p.row_sum, n) && in_range(p.col_sum, m);
   });
+  return lost_nothing;
 }
 
 void maxima(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
@@ -286,7 +297,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "sums(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
       " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_sum, Tensor(d!) col_sum,"
-      " Tensor(e!) pos) -> ()");
+      " Tensor(e!) pos) -> bool");
   m.def(
       "maxima(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit,"

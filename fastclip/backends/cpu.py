@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.backends.shift import finite_or_zero, fixed_shift, needs_exact_path
+from fastclip.backends.shift import finite_or_zero, fixed_shift
 from fastclip.checks import accumulation_dtype
 
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
@@ -111,21 +111,22 @@ class _Similarity:
 
     def sums(self, negatives: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """row_sum, col_sum, row_shift, col_shift, pos; negatives: the positives' columns and the mask."""
-        largest = 1.0 if self.normalize else self.x_length.max() * self.y_length.max()
-        shift = fixed_shift(torch.as_tensor(self.scale * largest, dtype=self.x.dtype), self.n, self.m)
-        row_shift, col_shift = shift.repeat(self.n), shift.repeat(self.m)
-        row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
-        if needs_exact_path(row_sum, col_sum):
+        largest = 1.0 if self.normalize else float(self.x_length.max()) * float(self.y_length.max())
+        shift = fixed_shift(self.scale * largest, self.n, self.m)
+        row_shift, col_shift = self.x.new_full((self.n,), shift), self.x.new_full((self.m,), shift)
+        in_range, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
+        if not in_range:
             row_shift, col_shift = torch.empty_like(row_shift), torch.empty_like(col_shift)
             _ops().maxima(*self.args, *negatives, *self.partials(self.x.dtype), row_shift, col_shift)
             row_shift, col_shift = finite_or_zero(row_shift), finite_or_zero(col_shift)
-            row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
+            _, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         return row_sum, col_sum, row_shift, col_shift, pos
 
-    def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple[Tensor, ...]:
+    def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple:
+        """Whether the shifts lost nothing, row_sum, col_sum, pos."""
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
-        _ops().sums(*self.args, *negatives, row_shift, col_shift, *self.partials(torch.float64), *out)
-        return out
+        in_range = _ops().sums(*self.args, *negatives, row_shift, col_shift, *self.partials(torch.float64), *out)
+        return in_range, *out
 
     def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Scratch for [column groups, N] and [row groups, M] partial results."""

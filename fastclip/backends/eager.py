@@ -31,8 +31,8 @@ def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, norma
     """The operator's contract: ops.py."""
     xn, yn = _prepare(x, normalize)[0], _prepare(y, normalize)[0]
     largest = 1.0 if normalize else xn.norm(dim=1).max() * yn.norm(dim=1).max()
-    shift = fixed_shift(scale * largest, len(x), len(y))
-    row_shift, col_shift = shift.repeat(len(x)), shift.repeat(len(y))
+    shift = fixed_shift(float(scale * largest), len(x), len(y))
+    row_shift, col_shift = xn.new_full((len(x),), shift), yn.new_full((len(y),), shift)
     row_sum, col_sum, pos = _sums(xn, yn, scale, positive, row_shift, col_shift, mask)
     if needs_exact_path(row_sum, col_sum):
         row_shift, col_shift = _negative_maxima(xn, yn, scale, positive, mask)

@@ -9,9 +9,15 @@ SAFE_EXPONENT = 60.0  # every sum stays below e^60, and 1 / (N sum) stays a norm
 TINY_SUM = 1e-25  # below this a sum may have lost negatives to underflow: take the exact path
 
 
-def fixed_shift(bound: Tensor, rows: int, cols: int) -> Tensor:
-    """0-d: max(0, |bound| + log max(N, M) - 60), bound 0-d at least as large as every |S_ij|."""
-    return rounded_up(bound.abs() + (math.log(max(rows, cols)) - SAFE_EXPONENT)).clamp_min(0.0)
+def fixed_shift(bound: float, rows: int, cols: int) -> float:
+    """max(0, |bound| + log max(N, M) - 60) as a multiple of 1/16; bound: at least as large as every |S_ij|.
+
+    Infinite beyond float32, which sends the sums to the exact path; NaN stays NaN.
+    """
+    shift = abs(bound) + (math.log(max(rows, cols)) - SAFE_EXPONENT)
+    if shift > torch.finfo(torch.float32).max:
+        return math.inf
+    return shift if math.isnan(shift) else math.ceil(max(0.0, shift) * 16.0) / 16.0
 
 
 def rounded_up(shift: Tensor) -> Tensor:
