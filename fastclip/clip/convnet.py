@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastclip.clip import recompute
 from fastclip.clip.config import ConvConfig
+from fastclip.clip.inputs import check_images
 
 
 class ResidualBlock(nn.Module):
@@ -34,6 +36,8 @@ class ConvTower(nn.Module):
 
     def __init__(self, config: ConvConfig, embed_dim: int) -> None:
         super().__init__()
+        self.config = config
+        self.recomputed = False
         layers: list[nn.Module] = []
         before, side = config.channels, config.image_size
         for i, (width, blocks) in enumerate(zip(config.widths, config.blocks, strict=True)):
@@ -55,5 +59,11 @@ class ConvTower(nn.Module):
             nn.Linear(config.hidden, embed_dim),
         )
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the images and the last map, and compute the rest again in backward."""
+        self.recomputed = enable
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.features(images.contiguous(memory_format=torch.channels_last)))
+        check_images(images, self.config.channels, self.config.image_size)
+        x = images.contiguous(memory_format=torch.channels_last)
+        return self.head(recompute.call(self.features, x, recomputed=self.recomputed))

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastclip.clip import recompute
 from fastclip.clip.config import TextConfig
+from fastclip.clip.inputs import check_ids
 
 
 class Block(nn.Module):
@@ -44,6 +46,7 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig, embed_dim: int) -> None:
         super().__init__()
         self.context = config.context
+        self.recomputed = False
         self.tokens = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config.width, config.head_width) for _ in range(config.layers))
@@ -52,7 +55,12 @@ class TextTower(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.01)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input, and compute the rest again in backward."""
+        self.recomputed = enable
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        check_ids(ids, self.context)
         real = ids != 0
         # Every caption keeps one token, or its attention row would be all masked: NaN.
         real[:, 0] = True
@@ -60,7 +68,7 @@ class TextTower(nn.Module):
         row, column = slots // ids.shape[1], slots % ids.shape[1]
         x = self.tokens(ids.flatten()[slots]) + self.positions(column)
         for block in self.blocks:
-            x = block(x, real, slots)
+            x = recompute.call(block, x, real, slots, recomputed=self.recomputed)
         x = self.norm(x)
         total = x.new_zeros(len(ids), x.shape[1]).index_add(0, row, x)
         return self.project(total / real.sum(1, keepdim=True))
