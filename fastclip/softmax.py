@@ -46,22 +46,40 @@ def gaps(
 ) -> Gaps:
     """The gaps of all pairs, differentiable in x, y and scale. positive None: query i belongs to key i, M >= N."""
     columns = torch.arange(len(x), device=x.device) if positive is None else positive
-    mask = _mask(x, y, scale + options.hardness, columns, options, x_ids, y_ids)
     ratio = None
     if options.hardness:
         # Negatives count exp(hardness cos) times, a constant: the sums are those of a larger scale, the gradients
         # of the features those of the true one (math.md, eq. 13).
-        ratio = (scale / (scale + options.hardness)).detach()
-        x, y = _ScaleGradient.apply(x, ratio), _ScaleGradient.apply(y, ratio)
-        scale = scale + options.hardness
+        harder = scale + options.hardness
+        ratio = (scale / harder).detach()
+        x, y, scale = _ScaleGradient.apply(x, ratio), _ScaleGradient.apply(y, ratio), harder
+    mask = _mask(x, y, scale, columns, options, x_ids, y_ids)
     sums = ops.similarity_sums(x, y, scale, columns, options.normalize, options.backend, mask)
     row_sum, col_sum, row_shift, col_shift, score = sums
     pos = score if ratio is None else score + (score * (ratio - 1.0)).detach()
-    at = slice(len(x)) if positive is None else positive
-    row_gap, col_gap = gap(row_sum, row_shift, pos), gap(col_sum[at], col_shift[at], pos)
+    if positive is not None or len(y) > len(x):
+        at = slice(len(x)) if positive is None else positive
+        col_sum, col_shift = col_sum[at], col_shift[at]
+    row_gap, col_gap = _Gaps.apply(row_sum, row_shift, col_sum, col_shift, pos)
     if positive is not None:
         col_gap = log_add(col_gap, _sharing_a_key(score, positive, len(y), mask) - pos)
     return Gaps(row_gap, col_gap, pos)
+
+
+def hardened(x: Tensor, y: Tensor, scale: Tensor, hardness: float) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x, y and scale under which negatives count exp(hardness cos) times, a constant, and scale / (scale + hardness).
+
+    The sums are those of a larger scale, the gradients of the features those of the true one (math.md, eq. 13).
+    """
+    if not hardness:
+        return x, y, scale, None
+    ratio = (scale / (scale + hardness)).detach()
+    return _ScaleGradient.apply(x, ratio), _ScaleGradient.apply(y, ratio), scale + hardness, ratio
+
+
+def own_logit(score: Tensor, ratio: Tensor | None) -> Tensor:
+    """The positives' logits at the true scale, from those at hardened()'s."""
+    return score if ratio is None else score + (score * (ratio - 1.0)).detach()
 
 
 def gap(total: Tensor, shift: Tensor, pos: Tensor) -> Tensor:
@@ -69,7 +87,8 @@ def gap(total: Tensor, shift: Tensor, pos: Tensor) -> Tensor:
 
     So from here to the loss everything is float64, O(N) of it, except on MPS, which has none.
     """
-    return _Gap.apply(total, shift, pos)
+    # One formula, in one node; the second half is not asked for.
+    return _Gaps.apply(total, shift, total, shift, pos)[0]
 
 
 def cross_entropy(gap: Tensor) -> Tensor:
@@ -157,27 +176,30 @@ def _mask(x, y, scale, positive, options: Options, x_ids, y_ids) -> ops.Mask:
 
 
 @with_signature
-class _Gap(torch.autograd.Function):
-    """One node for gap(); a total of exactly 0 (no negatives) gives -inf and a zero gradient."""
+class _Gaps(torch.autograd.Function):
+    """gap() of rows and columns in one node; a sum of exactly 0 (no negatives) gives -inf and a zero gradient."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(total, shift, pos):
-        wide = total.dtype if total.device.type == "mps" else torch.float64
-        return torch.log(total.to(wide)) + (shift.to(wide) - pos.to(wide))
+    def forward(row_sum, row_shift, col_sum, col_shift, pos):
+        wide = pos.dtype if pos.device.type == "mps" else torch.float64
+        pos = pos.to(wide)
+        row_gap = torch.log(row_sum.to(wide)) + (row_shift.to(wide) - pos)
+        return row_gap, torch.log(col_sum.to(wide)) + (col_shift.to(wide) - pos)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        total, _, pos = inputs
-        ctx.save_for_backward(total)
-        ctx.pos_dtype = pos.dtype
+        row_sum, _, col_sum, _, _ = inputs
+        ctx.save_for_backward(row_sum, col_sum)
 
     @staticmethod
-    def backward(ctx, grad):
-        (total,) = ctx.saved_tensors
-        by_total = torch.where(total == 0, 0.0, grad / total)
-        return by_total.to(total.dtype), None, -grad.to(ctx.pos_dtype)
+    def backward(ctx, row_grad, col_grad):
+        by_sum = [
+            torch.where(total == 0, 0.0, grad / total).to(total.dtype)
+            for grad, total in zip((row_grad, col_grad), ctx.saved_tensors, strict=True)
+        ]
+        return by_sum[0], None, by_sum[1], None, -(row_grad + col_grad).to(by_sum[0].dtype)
 
 
 class _ScaleGradient(torch.autograd.Function):
