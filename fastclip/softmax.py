@@ -46,17 +46,11 @@ def gaps(
 ) -> Gaps:
     """The gaps of all pairs, differentiable in x, y and scale. positive None: query i belongs to key i, M >= N."""
     columns = torch.arange(len(x), device=x.device) if positive is None else positive
-    ratio = None
-    if options.hardness:
-        # Negatives count exp(hardness cos) times, a constant: the sums are those of a larger scale, the gradients
-        # of the features those of the true one (math.md, eq. 13).
-        harder = scale + options.hardness
-        ratio = (scale / harder).detach()
-        x, y, scale = _ScaleGradient.apply(x, ratio), _ScaleGradient.apply(y, ratio), harder
+    x, y, scale, ratio = hardened(x, y, scale, options.hardness)
     mask = _mask(x, y, scale, columns, options, x_ids, y_ids)
     sums = ops.similarity_sums(x, y, scale, columns, options.normalize, options.backend, mask)
     row_sum, col_sum, row_shift, col_shift, score = sums
-    pos = score if ratio is None else score + (score * (ratio - 1.0)).detach()
+    pos = own_logit(score, ratio)
     if positive is not None or len(y) > len(x):
         at = slice(len(x)) if positive is None else positive
         col_sum, col_shift = col_sum[at], col_shift[at]
