@@ -8,6 +8,7 @@ All sums are taken over the negatives only (math.md, eq. 2):
     pos_i     = S_{i, positive_i}                                     [N]
 
 Vectors are float32 (float64 for float64 features), natural log. The shifts are constants: they carry no gradient.
+A backend may keep what it can use again in backward, where that has a fixed bound ("kept", empty otherwise).
 A mask takes further pairs out of the negatives (eq. 10): equal ids, or a score above the row's (column's) limit.
 """
 
@@ -43,7 +44,8 @@ def similarity_sums(
     mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """row_sum, col_sum, row_shift, col_shift, pos (the legend above), differentiable in x, y and scale."""
-    return _SimilaritySums.apply(x, y, scale, positive, normalize, backend or "", *mask)
+    keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
+    return _SimilaritySums.apply(x, y, scale, positive, normalize, backend or "", *mask, keep)[:5]
 
 
 def similarity_ranks(
@@ -85,27 +87,27 @@ class _SimilaritySums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit):
+    def forward(x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit, keep):
         return torch.ops.fastclip.similarity_sums(
-            x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit
+            x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit, keep
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, scale, positive, ctx.normalize, ctx.backend, *mask = inputs
-        _, _, row_shift, col_shift, _ = output
-        ctx.save_for_backward(x, y, scale, positive, row_shift, col_shift, *mask)
-        ctx.mark_non_differentiable(row_shift, col_shift)
+        x, y, scale, positive, ctx.normalize, ctx.backend, *mask, _ = inputs
+        _, _, row_shift, col_shift, _, kept = output
+        ctx.save_for_backward(x, y, scale, positive, row_shift, col_shift, *mask, kept)
+        ctx.mark_non_differentiable(row_shift, col_shift, kept)
 
     @staticmethod
-    def backward(ctx, grad_row_sum, grad_col_sum, _row_shift, _col_shift, grad_pos):
-        x, y, scale, positive, row_shift, col_shift, *mask = ctx.saved_tensors
+    def backward(ctx, grad_row_sum, grad_col_sum, _row_shift, _col_shift, grad_pos, _kept):
+        x, y, scale, positive, row_shift, col_shift, *rest = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         weights = (grad_row_sum, grad_col_sum, grad_pos)
         # Gradients that may be differentiated again are tied to their inputs, so that doing it raises.
         run = _SimilaritySumsBackward.apply if torch.is_grad_enabled() else torch.ops.fastclip.similarity_sums_backward
-        grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *mask)
-        return *wanted(grads, needs), *(None,) * 7
+        grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *rest)
+        return *wanted(grads, needs), *(None,) * 8
 
 
 class _SimilaritySumsBackward(torch.autograd.Function):
@@ -114,9 +116,9 @@ class _SimilaritySumsBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3):
+    def forward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3, kept):
         return torch.ops.fastclip.similarity_sums_backward(
-            x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3
+            x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3, kept
         )
 
     @staticmethod
@@ -128,13 +130,28 @@ class _SimilaritySumsBackward(torch.autograd.Function):
         raise RuntimeError(ONCE)
 
 
-def _sums(x, y, scale, positive, normalize, backend, *mask):
-    return backends.choose(x, backend).similarity_sums(x, y, scale, positive, normalize, Mask(*mask))
+def _sums(
+    x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None, keep=False
+):
+    chosen, mask = backends.choose(x, backend), Mask(row_ids, col_ids, row_limit, col_limit)
+    kept = _kept(chosen, x, y, keep and row_ids is None)
+    rest = (kept,) if kept.numel() else ()
+    return *chosen.similarity_sums(x, y, scale, positive, normalize, mask, *rest), kept
 
 
-def _sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, *mask):
-    run = backends.choose(x, backend).similarity_sums_backward
-    return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, Mask(*mask))
+def _sums_backward(
+    x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend,
+    row_ids=None, col_ids=None, row_limit=None, col_limit=None, kept=None,
+):  # fmt: skip
+    run, mask = backends.choose(x, backend).similarity_sums_backward, Mask(row_ids, col_ids, row_limit, col_limit)
+    rest = (kept,) if kept is not None and kept.numel() else ()
+    return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask, *rest)
+
+
+def _kept(chosen, x, y, keep) -> Tensor:
+    """Room for what the chosen backend keeps of a small problem for backward; empty where that is nothing."""
+    elements = chosen.kept_elements(x, y) if keep and hasattr(chosen, "kept_elements") else 0
+    return x.new_empty(elements, dtype=accumulation_dtype(x.dtype))
 
 
 def _ranks(x, y, scale, rows, cols, normalize, backend):
@@ -146,15 +163,18 @@ def _products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x
     return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values)
 
 
-def _fake_sums(x, y, scale, positive, normalize, backend, *mask):
-    same_device(x, y, scale, positive, *mask)
+def _fake_sums(
+    x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None, keep=False
+):
+    same_device(x, y, scale, positive, row_ids, col_ids, row_limit, col_limit)
     rows = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     cols = y.new_empty(y.shape[0], dtype=rows.dtype)
-    return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows)
+    kept = _kept(backends.choose(x, backend), x, y, keep and row_ids is None)
+    return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows), kept
 
 
-def _fake_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, *mask):
-    same_device(x, y, scale, positive, row_shift, col_shift, a, b, d, *mask)
+def _fake_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, *rest):
+    same_device(x, y, scale, positive, row_shift, col_shift, a, b, d, *rest)
     return like_or_empty((x, y, scale), needs)
 
 
@@ -171,14 +191,15 @@ def _fake_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normali
 _MASK = "Tensor? row_ids=None, Tensor? col_ids=None, Tensor? row_limit=None, Tensor? col_limit=None"
 _VECTORS = "Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_shift, Tensor col_shift"
 register(
-    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK})"
-    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos)",
+    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK},"
+    " bool keep=False)"
+    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos, Tensor kept)",
     _sums,
     _fake_sums,
 )
 register(
     f"similarity_sums_backward({_VECTORS}, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, bool normalize,"
-    f" bool[3] needs, str backend, {_MASK}) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    f" bool[3] needs, str backend, {_MASK}, Tensor? kept=None) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     _sums_backward,
     _fake_sums_backward,
 )

@@ -13,6 +13,7 @@ from cases import SIZES, assert_close, features, run_python, sizes, truth, value
 
 from fastclip import available_backends, clip_loss, ops
 from fastclip.backends import cpu, eager
+from fastclip.checks import accumulation_dtype
 
 pytestmark = pytest.mark.skipif(
     "cpu" not in available_backends(), reason=f"the C++ kernels are not built here: {cpu.why_not(None)}"
@@ -192,3 +193,26 @@ def test_eager_agrees_in_several_chunks(monkeypatch):
     monkeypatch.setattr(eager, "CHUNK_ELEMENTS", 1000)  # 9 rows at a time
     assert_close(value_and_grads(clip_loss, image, text, 10.0, backend="eager"), whole, torch.float32)
     assert clip_loss(image, text, 10.0, backend="eager", return_stats=True)[1].mean_rank == ranks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 3), (7, 7, 16), (64, 70, 33), (200, 390, 48), (1024, 1024, 24)])
+def test_what_is_kept_of_a_small_problem_changes_no_bit(monkeypatch, n, m, d, dtype):
+    """One pair, under a tile, ragged, two blocks of rows, the largest that is kept."""
+    x, y = torch.randn(n, d, dtype=dtype), torch.randn(m, d, dtype=dtype)
+    positive, upstream = torch.randperm(m)[:n], (torch.randn(n), torch.randn(m), torch.randn(n))
+
+    def gradients(most: int) -> tuple[int, list[torch.Tensor]]:
+        monkeypatch.setattr(cpu, "KEPT_ENTRIES", most)
+        inputs = [t.clone().requires_grad_() for t in (x, y, torch.tensor(20.0, dtype=accumulation_dtype(dtype)))]
+        plain = [t.detach() for t in inputs]
+        elements = torch.ops.fastclip.similarity_sums(*plain, positive, True, "cpu", keep=True)[5].numel()
+        results = ops.similarity_sums(*inputs, positive, True, "cpu")
+        wanted = [results[i] for i in (0, 1, 4)]
+        torch.autograd.backward(wanted, [u.to(w.dtype) for u, w in zip(upstream, wanted, strict=True)])
+        return elements, [t.grad for t in inputs]
+
+    (some, kept), (none, recomputed) = gradients(1024 * 1024), gradients(0)
+    assert some > 0 and none == 0
+    for a, b in zip(kept, recomputed, strict=True):
+        assert torch.equal(a, b)

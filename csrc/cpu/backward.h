@@ -50,6 +50,25 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
   }
 }
 
+// The same from the entries that the forward pass kept; one shift serves all.
+template <class T>
+static void weigh_entries(const Gradients<T>& p, const T* entries, int64_t i0, int64_t rows, int64_t j0, T* panel) {
+  typedef Simd<T> L;
+  constexpr int W = L::kPanel, NV = kVectorsPerPanel;
+  T tail_b[W] = {};
+  for (int64_t j = 0; j < smaller(W, p.S.M - j0); ++j) tail_b[j] = p.b[j0 + j];
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = panel + r * W;
+    for (int v = 0; v < NV; ++v) {
+      const auto weight = L::fill(p.a[i0 + r]) + L::load(tail_b + v * L::kLanes);
+      L::store(row + v * L::kLanes, L::load(entries + r * W + v * L::kLanes) * weight);
+    }
+    const uint64_t lane = positive_lane(p.S, i0 + r, j0);
+    if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];
+    for (int64_t j = p.S.M - j0; j < W; ++j) row[j] = T(0);
+  }
+}
+
 // out [R rows of stride `stride`, kPanel] += acc
 template <class T, int R>
 static FC_INLINE void add_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], T* out, int64_t stride) {
@@ -81,6 +100,10 @@ static void weigh_wave(const Gradients<T>& p, const Wave<T>& wave, ParallelFor r
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
     for (int64_t panel = j * kPanels; panel < smaller((j + 1) * kPanels, ceil_div(p.S.M, W)); ++panel) {
       T* out = wave.block(i, j) + (panel - j * kPanels) * rows * W;
+      if (p.entries) {
+        weigh_entries(p, p.entries + entries_index(p.S, i, panel), i * kBlock, rows, panel * W, out);
+        continue;
+      }
       dot_panel(p.S, i, panel, out);
       const auto weigh = p.S.one_shift ? weigh_panel<T, true> : weigh_panel<T, false>;
       weigh(p, i * kBlock, rows, panel * W, out);

@@ -15,7 +15,7 @@ constexpr int64_t kFlush = 16;
 constexpr int64_t kRun = 16;
 
 template <class T, bool kOneShift>
-static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* row_lanes,
+static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* entries, T* row_lanes,
                       double* col_partial) {
   typedef Simd<T> L;
   typedef typename L::V V;
@@ -48,6 +48,9 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
         by_row[v] = L::load(first + v * L::kLanes);
         by_col[v] = L::load(second + v * L::kLanes);
       }
+    }
+    if (entries) {
+      for (int v = 0; v < NV; ++v) L::store(entries + r * W + v * L::kLanes, by_row[v]);
     }
     V panel_total = by_row[0];
     for (int v = 1; v < NV; ++v) panel_total += by_row[v];
@@ -86,7 +89,8 @@ static void sum_task(const Sums<T>& p, const Task& t) {
       for (int64_t panel = first; panel < smaller(first + kFlush, t.last_panel); ++panel) {
         dot_panel(S, block, panel, dots);
         const auto sum = S.one_shift ? sum_panel<T, true> : sum_panel<T, false>;
-        sum(p, i0, rows, panel * W, dots, row_lanes, col_partial);
+        T* entries = p.entries ? p.entries + entries_index(S, block, panel) : nullptr;
+        sum(p, i0, rows, panel * W, dots, entries, row_lanes, col_partial);
       }
       for (int64_t r = 0; r < rows; ++r) {
         row_partial[i0 + r] += double(sum_of_lanes<T>(L::load(row_lanes + r * L::kLanes)));

@@ -114,18 +114,29 @@ int64_t col_groups(int64_t M) { return groups(M, 64); }
 
 std::string isa_name() { return isa().name; }
 int64_t panel(bool is_double) { return is_double ? isa().f64.panel : isa().f32.panel; }
-int64_t wave_elements() { return kWave * kWave * kBlock * kBlock; }
+// Room for one wave of G of an n x m problem, and no more than that problem needs.
+int64_t wave_elements(int64_t n, int64_t m) {
+  const auto blocks = [](int64_t count) { return std::min(kWave, (count + kBlock - 1) / kBlock); };
+  return ((blocks(n) - 1) * kWave + blocks(m)) * kBlock * kBlock;
+}
 
-void pack(Tensor x, bool normalize, Tensor length, Tensor rows, Tensor columns) {
-  with_type(length, [&](auto zero) {
+template <class T>
+Pack<T> pack_rows(const Tensor& x, bool normalize, const Tensor& length, const Tensor& rows) {
+  const int64_t n = x.size(0), d = x.size(1);
+  STD_TORCH_CHECK(x.stride(1) == 1 || d == 1, "rows of the features must be contiguous");
+  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)}, normalize, data<T>(length, n, "length"),
+          rows.numel() ? data<T>(rows, n * padded(d, kernels<T>().panel), "rows") : nullptr, nullptr};
+}
+
+void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_rows, Tensor y_length, Tensor y_rows,
+          Tensor y_columns) {
+  with_type(x_length, [&](auto zero) {
     typedef decltype(zero) T;
-    const auto& k = kernels<T>();
-    const int64_t n = x.size(0), d = x.size(1);
-    STD_TORCH_CHECK(x.stride(1) == 1 || d == 1, "rows of the features must be contiguous");
-    Pack<T> p = {{x.data_ptr(), element_of(x), n, d, x.stride(0)}, normalize, data<T>(length, n, "length"), nullptr, nullptr};
-    if (rows.numel()) p.rows = data<T>(rows, n * padded(d, k.panel), "rows");
-    if (columns.numel()) p.columns = data<T>(columns, padded(n, k.panel) * d, "columns");
-    k.pack(p, for_elements(n * d));
+    const Pack<T> of_x = pack_rows<T>(x, normalize, x_length, x_rows);
+    Pack<T> of_y = pack_rows<T>(y, normalize, y_length, y_rows);
+    const int64_t columns = padded(y.size(0), kernels<T>().panel) * y.size(1);
+    if (y_columns.numel()) of_y.columns = data<T>(y_columns, columns, "y_columns");
+    kernels<T>().pack(of_x, of_y, for_elements(x.numel() + y.numel()));
   });
 }
 
@@ -168,13 +179,15 @@ bool in_range(const T* sum, int64_t count) {
 }
 
 // True if every sum is in the range where a fixed shift loses nothing.
-bool sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
-          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
-          Tensor pos) {
+bool sums(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+          Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift,
+          Tensor row_partial, Tensor col_partial, Tensor entries, Tensor row_sum, Tensor col_sum, Tensor pos) {
   bool lost_nothing = false;
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
-    Sums<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale), row_groups(n), col_groups(m), nullptr, nullptr,
+    Sums<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
+                 entries.numel() ? data<T>(entries, n * padded(m, kernels<T>().panel), "entries") : nullptr,
+                 row_groups(n), col_groups(m), nullptr, nullptr,
                  data<T>(row_sum, n, "row_sum"), data<T>(col_sum, m, "col_sum"), data<T>(pos, n, "pos")};
     set_positive(p.S, positive);
     set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
@@ -228,25 +241,29 @@ void ranks(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, dou
   });
 }
 
-void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive, Tensor row_ids, Tensor col_ids,
-          Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift, Tensor x_values, Tensor y_values, int64_t width, Tensor grad_row_sum, Tensor grad_col_sum,
-               Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
+void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
+               Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift,
+               Tensor entries, Tensor x_values, Tensor y_values, int64_t width, Tensor grad_row_sum,
+               Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
-    const int64_t stride = padded(width, kernels<T>().panel);
-    Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
+    const int64_t W = kernels<T>().panel, stride = padded(width, W);
+    // With the entries kept, S is not formed again: no columns of y^ are needed.
+    Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, entries.numel() ? 0 : d, scale),
+                      entries.numel() ? data<T>(entries, n * padded(m, W), "entries") : nullptr,
                       data<T>(x_values, dy.numel() ? n * stride : 0, "x_values"),
                       data<T>(y_values, dx.numel() ? m * stride : 0, "y_values"),
                       width,
                       data<T>(grad_row_sum, n, "grad_row_sum"),
                       data<T>(grad_col_sum, m, "grad_col_sum"),
                       data<T>(grad_pos, n, "grad_pos"),
-                      data<T>(wave, wave_elements(), "wave"),
+                      data<T>(wave, wave_elements(n, m), "wave"),
                       dx.numel() ? data<T>(dx, n * stride, "dx") : nullptr,
                       dy.numel() ? data<T>(dy, m * stride, "dy") : nullptr};
     set_positive(p.S, positive);
     set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
+    STD_TORCH_CHECK(!p.entries || p.S.one_shift, "kept entries serve one shift");
     kernels<T>().gradients(p, parallel_for);
   });
 }
@@ -262,7 +279,7 @@ void sigmoid(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, d
                     T(bias),
                     match_is_positive,
                     data<T>(row_weight, n, "row_weight"),
-                    data<T>(wave, wave_elements(), "wave"),
+                    data<T>(wave, wave_elements(n, m), "wave"),
                     data<double>(partial, 2 * kWave * n, "partial"),
                     data<double>(row_loss, n, "row_loss"),
                     data<double>(row_slope, n, "row_slope"),
@@ -274,14 +291,25 @@ void sigmoid(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, d
   });
 }
 
-void finish(Tensor x_rows, Tensor length, Tensor dx, int64_t d, double scale, bool normalize, Tensor grad, Tensor inner) {
+template <class T>
+Finish<T> finish_side(const Tensor& rows, const Tensor& length, const Tensor& dx, int64_t d, double scale,
+                      bool normalize, const Tensor& grad, const Tensor& inner) {
+  if (!dx.numel()) return {};
+  const int64_t n = length.numel(), width = padded(d, kernels<T>().panel);
+  Finish<T> f = {n, d, data<T>(rows, n * width, "rows"), data<T>(length, n, "length"), data<T>(dx, n * width, "dx"),
+                 T(scale), normalize, nullptr, element_of(grad), data<double>(inner, n, "inner")};
+  if (grad.numel()) f.grad = data<char>(grad, n * d, "grad");
+  return f;
+}
+
+// A side with an empty dx is left out.
+void finish(int64_t d, double scale, bool normalize, Tensor x_rows, Tensor x_length, Tensor dx, Tensor grad_x,
+            Tensor x_inner, Tensor y_rows, Tensor y_length, Tensor dy, Tensor grad_y, Tensor y_inner) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
-    const int64_t n = length.numel(), width = padded(d, kernels<T>().panel);
-    Finish<T> f = {n, d, data<T>(x_rows, n * width, "x_rows"), data<T>(length, n, "length"), data<T>(dx, n * width, "dx"),
-                   T(scale), normalize, nullptr, element_of(grad), data<double>(inner, n, "inner")};
-    if (grad.numel()) f.grad = data<char>(grad, n * d, "grad");
-    kernels<T>().finish(f, for_elements(n * d));
+    const auto of_x = finish_side<T>(x_rows, x_length, dx, d, scale, normalize, grad_x, x_inner);
+    const auto of_y = finish_side<T>(y_rows, y_length, dy, d, scale, normalize, grad_y, y_inner);
+    kernels<T>().finish(of_x, of_y, for_elements((of_x.rows + of_y.rows) * d));
   });
 }
 
@@ -291,13 +319,15 @@ void finish(Tensor x_rows, Tensor length, Tensor dx, int64_t d, double scale, bo
 STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("isa() -> str");
   m.def("panel(bool is_double) -> int");
-  m.def("wave_elements() -> int");
-  m.def("pack(Tensor x, bool normalize, Tensor(a!) length, Tensor(b!) rows, Tensor(c!) columns) -> ()");
+  m.def("wave_elements(int n, int m) -> int");
+  m.def(
+      "pack(Tensor x, Tensor y, bool normalize, Tensor(a!) x_length, Tensor(b!) x_rows, Tensor(c!) y_length,"
+      " Tensor(d!) y_rows, Tensor(e!) y_columns) -> ()");
   m.def(
       "sums(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_sum, Tensor(d!) col_sum,"
-      " Tensor(e!) pos) -> bool");
+      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) entries, Tensor(d!) row_sum,"
+      " Tensor(e!) col_sum, Tensor(f!) pos) -> bool");
   m.def(
       "maxima(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit,"
@@ -312,7 +342,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def(
       "gradients(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor grad_col_sum,"
+      " Tensor col_shift, Tensor entries, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor grad_col_sum,"
       " Tensor grad_pos, Tensor(a!) wave,"
       " Tensor(b!) dx, Tensor(c!) dy) -> ()");
   m.def(
@@ -320,8 +350,8 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       " Tensor col_ids, bool match_is_positive, float bias, Tensor row_weight, Tensor y_rows, Tensor(a!) wave,"
       " Tensor(b!) partial, Tensor(c!) row_loss, Tensor(d!) row_slope, Tensor(e!) dx, Tensor(f!) dy) -> ()");
   m.def(
-      "finish(Tensor x_rows, Tensor length, Tensor dx, int d, float scale, bool normalize, Tensor(a!) grad,"
-      " Tensor(b!) inner) -> ()");
+      "finish(int d, float scale, bool normalize, Tensor x_rows, Tensor x_length, Tensor dx, Tensor(a!) grad_x,"
+      " Tensor(b!) x_inner, Tensor y_rows, Tensor y_length, Tensor dy, Tensor(c!) grad_y, Tensor(d!) y_inner) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CompositeExplicitAutograd, m) {

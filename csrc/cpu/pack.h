@@ -138,11 +138,15 @@ static void finish_row(const Finish<T>& f, int64_t i) {
   }
 }
 
+// Both sides at once: a thread is woken once.
 template <class T>
-static void pack(const Pack<T>& p, ParallelFor run) {
-  parallel(run, (p.x.rows + kBlock - 1) / kBlock, [&p](int64_t block) {
+static void pack(const Pack<T>& x, const Pack<T>& y, ParallelFor run) {
+  const int64_t x_blocks = (x.x.rows + kBlock - 1) / kBlock, y_blocks = (y.x.rows + kBlock - 1) / kBlock;
+  parallel(run, x_blocks + y_blocks, [&](int64_t task) {
     double factor[kBlock];
-    const int64_t i0 = block * kBlock, rows = p.x.rows - i0 < kBlock ? p.x.rows - i0 : kBlock;
+    const Pack<T>& p = task < x_blocks ? x : y;
+    const int64_t i0 = (task < x_blocks ? task : task - x_blocks) * kBlock;
+    const int64_t rows = p.x.rows - i0 < kBlock ? p.x.rows - i0 : kBlock;
     if constexpr (sizeof(T) == 8) {
       pack_block<T, double>(p, i0, rows, factor);
     } else {
@@ -156,10 +160,13 @@ static void pack(const Pack<T>& p, ParallelFor run) {
 }
 
 template <class T>
-static void finish(const Finish<T>& f, ParallelFor run) {
+static void finish(const Finish<T>& x, const Finish<T>& y, ParallelFor run) {
   constexpr int64_t kRows = 64;  // rows a task
-  parallel(run, (f.rows + kRows - 1) / kRows, [&f](int64_t task) {
-    for (int64_t i = task * kRows; i < (task + 1) * kRows && i < f.rows; ++i) {
+  const int64_t x_tasks = (x.rows + kRows - 1) / kRows, y_tasks = (y.rows + kRows - 1) / kRows;
+  parallel(run, x_tasks + y_tasks, [&](int64_t task) {
+    const Finish<T>& f = task < x_tasks ? x : y;
+    const int64_t first = (task < x_tasks ? task : task - x_tasks) * kRows;
+    for (int64_t i = first; i < first + kRows && i < f.rows; ++i) {
       if constexpr (sizeof(T) == 8) {
         finish_row<T, double>(f, i);
       } else {

@@ -49,9 +49,12 @@ struct Similarity {
 };
 
 // row_partial [row_groups' columns side: col_groups, N], col_partial [row_groups, M]: scratch, double.
+// entries: exp(S - row_shift), 0 where the pair is no negative, for the backward pass of a small problem: blocks of rows,
+// each panelled [block rows, M]; null: not kept.
 template <class T>
 struct Sums {
   Similarity<T> S;
+  T* entries;
   int64_t row_groups, col_groups;
   double *row_partial, *col_partial;
   T *row_sum, *col_sum, *pos;
@@ -78,10 +81,12 @@ struct Ranks {
 
 // dx += G Y and dy += G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
 // X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. wave: room for
-// kWave x kWave blocks of G. dx, dy: row-major [., padded width], zeroed; null where it is not wanted.
+// kWave x kWave blocks of G. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. entries: what Sums
+// kept, or null: S is recomputed.
 template <class T>
 struct Gradients {
   Similarity<T> S;
+  const T* entries;
   const T *X, *Y;
   int64_t width;
   const T *a, *b, *d;
@@ -104,6 +109,7 @@ struct Sigmoid {
 };
 
 // grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type; inner [rows] = <x^, dx>.
+// rows = 0: nothing to do.
 template <class T>
 struct Finish {
   int64_t rows, width;
@@ -126,14 +132,14 @@ struct Pack {
 template <class T>
 struct Kernels {
   int64_t panel;
-  void (*pack)(const Pack<T>&, ParallelFor);
+  void (*pack)(const Pack<T>& x, const Pack<T>& y, ParallelFor);
   void (*sums)(const Sums<T>&, ParallelFor);
   void (*maxima)(const Maxima<T>&, ParallelFor);
   void (*pair_scores)(const Similarity<T>&, const int64_t* rows, const int64_t* cols, int64_t count, T* out, ParallelFor);
   void (*ranks)(const Ranks<T>&, ParallelFor);
   void (*gradients)(const Gradients<T>&, ParallelFor);
   void (*sigmoid)(const Sigmoid<T>&, ParallelFor);
-  void (*finish)(const Finish<T>&, ParallelFor);
+  void (*finish)(const Finish<T>& x, const Finish<T>& y, ParallelFor);
 };
 
 struct Isa {

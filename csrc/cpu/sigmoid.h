@@ -93,7 +93,7 @@ static void sigmoid_wave(const Sigmoid<T>& p, const Wave<T>& wave, ParallelFor r
 
 template <class T>
 static void sigmoid(const Sigmoid<T>& p, ParallelFor run) {
-  const Gradients<T> products = {p.S, p.S.x_rows, p.y_rows, p.S.D, nullptr, nullptr, nullptr, p.wave, p.dx, p.dy};
+  const Gradients<T> products = {p.S, nullptr, p.S.x_rows, p.y_rows, p.S.D, nullptr, nullptr, nullptr, p.wave, p.dx, p.dy};
   for_waves(products, [&](const Wave<T>& wave) {
     sigmoid_wave(p, wave, run);
     if (p.dx) add_dx(products, wave, run);

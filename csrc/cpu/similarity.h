@@ -45,6 +45,14 @@ static void dot_panel(const Similarity<T>& S, int64_t block, int64_t panel, T* o
   }
 }
 
+// Where the kept entries of a block and panel begin: [block rows][kPanel] (problem.h, Sums).
+template <class T>
+static FC_INLINE int64_t entries_index(const Similarity<T>& S, int64_t block, int64_t panel) {
+  constexpr int64_t W = Simd<T>::kPanel;
+  const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
+  return i0 * ceil_div(S.M, W) * W + panel * rows * W;
+}
+
 // Where row i's positive lies in the panel that starts at column j0; outside [0, kPanel) if elsewhere.
 template <class T>
 static FC_INLINE uint64_t positive_lane(const Similarity<T>& S, int64_t i, int64_t j0) {

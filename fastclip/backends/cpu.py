@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.backends.shift import finite_or_zero, fixed_shift
+from fastclip.backends.shift import finite_or_zero, fixed_shift, is_one_shift
 from fastclip.checks import accumulation_dtype
 
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
+
+# Pairs whose exponentials are kept for backward: below it, recomputing S costs more than the memory is worth.
+KEPT_ENTRIES = 1024 * 1024
 
 DEVICE = "cpu"
 
@@ -31,20 +34,35 @@ def describe() -> str:
     return f"C++ kernels, instruction set {_ops().isa()}, {torch.get_num_threads()} threads"
 
 
-def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask):
+def kept_elements(x: Tensor, y: Tensor) -> int:
+    """How many elements similarity_sums can keep for the backward pass of a small problem; 0 for a large one.
+
+    The packed features and the exponentials of at most KEPT_ENTRIES pairs, 4 MiB: a fixed bound, whatever N and M.
+    """
+    n, m, d = x.shape[0], y.shape[0], x.shape[1]
+    return sum(_kept_sizes(n, m, d, _panel(x))) if n * m <= KEPT_ENTRIES else 0
+
+
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask, kept=None):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
+    S.pack(x, y, y_columns=True, kept=kept)
     return S.sums((positive.contiguous(), *_mask_args(mask)))
 
 
-def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask):
+def similarity_sums_backward(
+    x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask, kept=None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
-    S = _Similarity(x, y, scale, normalize, y_rows=True)
+    S = _Similarity(x, y, scale, normalize)
+    if kept is not None and is_one_shift(row_shift, col_shift):
+        S.take(kept)
+    else:
+        S.pack(x, y, y_rows=True, y_columns=True)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    _ops().gradients(
-        *S.args, positive.contiguous(), *_mask_args(mask), *shifts, S.x, S.y_rows, S.d, *weights, S.wave(), dx, dy
-    )
+    rest = (S.entries, S.x, S.y_rows, S.d, *weights, S.wave(), dx, dy)
+    _ops().gradients(*S.args(), positive.contiguous(), *_mask_args(mask), *shifts, *rest)
     return S.gradients(x, y, scale, dx, dy, needs)
 
 
@@ -52,25 +70,26 @@ def similarity_products(
     x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract: ops.py."""
-    S, V = _Similarity(x, y, scale, normalize), _Similarity(x_values, y_values, scale, False, y_rows=True)
+    S, V = _Similarity(x, y, scale, normalize), _Similarity(x_values, y_values, scale, False)
+    S.pack(x, y, y_columns=True)
+    V.pack(x_values, y_values, y_rows=True)
     by_row, by_col = V.accumulators([True, True])
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    no_mask = _mask_args((None,) * 4)
-    _ops().gradients(
-        *S.args, positive.contiguous(), *no_mask, *shifts, V.x, V.y_rows, V.d, *weights, S.wave(), by_row, by_col
-    )
+    rest = (S.entries, V.x, V.y_rows, V.d, *weights, S.wave(), by_row, by_col)
+    _ops().gradients(*S.args(), positive.contiguous(), *_mask_args((None,) * 4), *shifts, *rest)
     return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
 
 def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
     """The operator's contract: ops.py."""
-    S = _Similarity(x, y, scale, normalize, y_rows=any(needs))
+    S = _Similarity(x, y, scale, normalize)
+    S.pack(x, y, y_rows=any(needs), y_columns=True)
     dx, dy = S.accumulators(needs)
     partial = torch.empty(2 * WAVE_BLOCKS * S.n, dtype=torch.float64)
     loss, slope = torch.zeros(S.n, dtype=torch.float64), torch.zeros(S.n, dtype=torch.float64)
     ids = _mask_args(mask)[:2]
     _ops().sigmoid(
-        *S.args, positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(), S.y_rows,
+        *S.args(), positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(), S.y_rows,
         S.wave(), partial, loss, slope, dx, dy,
     )  # fmt: skip
     grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
@@ -80,34 +99,53 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
+    S.pack(x, y, y_columns=True)
     scores = S.x.new_empty(len(rows))
-    _ops().pair_scores(*S.args, rows.contiguous(), cols.contiguous(), scores)
+    _ops().pair_scores(*S.args(), rows.contiguous(), cols.contiguous(), scores)
     thresholds = [
         scores.new_full((n,), -torch.inf).scatter_reduce_(0, index, scores, "amax")
         for n, index in ((len(x), rows), (len(y), cols))
     ]
     partials = S.partials(torch.int64)
     ranks = rows.new_empty(len(x)), rows.new_empty(len(y))
-    _ops().ranks(*S.args, *thresholds, *partials, *ranks)
+    _ops().ranks(*S.args(), *thresholds, *partials, *ranks)
     return ranks
 
 
 class _Similarity:
     """Packed x^ and y^ of one call, and what the passes over them share."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool, y_rows: bool = False) -> None:
-        dtype = accumulation_dtype(x.dtype)
-        panel = _ops().panel(dtype == torch.float64)
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> None:
+        self.dtype, self.panel = accumulation_dtype(x.dtype), _panel(x)
         self.n, self.m, self.d = len(x), len(y), x.shape[1]
-        self.width = -(-self.d // panel) * panel
+        self.width = _padded(self.d, self.panel)
         self.scale, self.normalize = float(scale), normalize
-        empty = functools.partial(torch.empty, dtype=dtype)
-        self.x, self.x_length = empty(self.n * self.width), empty(self.n)
-        self.y_columns, self.y_length = empty(-(-self.m // panel) * panel * self.d), empty(self.m)
-        self.y_rows = empty(self.m * self.width if y_rows else 0)
-        _ops().pack(_rows_contiguous(x), normalize, self.x_length, self.x, empty(0))
-        _ops().pack(_rows_contiguous(y), normalize, self.y_length, self.y_rows, self.y_columns)
-        self.args = (self.x, self.y_columns, self.n, self.m, self.d, self.scale)
+        self.y_columns = self.y_rows = self.entries = torch.empty(0, dtype=self.dtype)
+
+    def pack(
+        self, x: Tensor, y: Tensor, *, y_rows: bool = False, y_columns: bool = False, kept: Tensor | None = None
+    ) -> None:
+        """Fill the layouts that are wanted; kept: room for them and for the exponentials, to be taken in backward."""
+        if kept is None:
+            self.x, self.x_length, self.y_length = map(self._empty, (self.n * self.width, self.n, self.m))
+            self.y_rows = self._empty(self.m * self.width if y_rows else 0)
+        else:
+            self.take(kept)
+        if y_columns:
+            self.y_columns = self._empty(_padded(self.m, self.panel) * self.d)
+        sides = (self.x_length, self.x, self.y_length, self.y_rows, self.y_columns)
+        _ops().pack(_rows_contiguous(x), _rows_contiguous(y), self.normalize, *sides)
+
+    def take(self, kept: Tensor) -> None:
+        """The buffers that lie one after the other in `kept`."""
+        sizes = _kept_sizes(self.n, self.m, self.d, self.panel)
+        self.entries, self.x, self.y_rows, self.x_length, self.y_length = kept.split(sizes)
+
+    def args(self) -> tuple:
+        return self.x, self.y_columns, self.n, self.m, self.d, self.scale
+
+    def _empty(self, count: int) -> Tensor:
+        return torch.empty(count, dtype=self.dtype)
 
     def sums(self, negatives: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """row_sum, col_sum, row_shift, col_shift, pos; negatives: the positives' columns and the mask."""
@@ -117,7 +155,7 @@ class _Similarity:
         in_range, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         if not in_range:
             row_shift, col_shift = torch.empty_like(row_shift), torch.empty_like(col_shift)
-            _ops().maxima(*self.args, *negatives, *self.partials(self.x.dtype), row_shift, col_shift)
+            _ops().maxima(*self.args(), *negatives, *self.partials(self.x.dtype), row_shift, col_shift)
             row_shift, col_shift = finite_or_zero(row_shift), finite_or_zero(col_shift)
             _, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         return row_sum, col_sum, row_shift, col_shift, pos
@@ -125,7 +163,8 @@ class _Similarity:
     def _sums(self, negatives: tuple[Tensor, ...], row_shift: Tensor, col_shift: Tensor) -> tuple:
         """Whether the shifts lost nothing, row_sum, col_sum, pos."""
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
-        in_range = _ops().sums(*self.args, *negatives, row_shift, col_shift, *self.partials(torch.float64), *out)
+        partials = self.partials(torch.float64)
+        in_range = _ops().sums(*self.args(), *negatives, row_shift, col_shift, *partials, self.entries, *out)
         return in_range, *out
 
     def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -136,7 +175,7 @@ class _Similarity:
 
     def wave(self) -> Tensor:
         """Room for one wave of G."""
-        return self.x.new_empty(_ops().wave_elements())
+        return self.x.new_empty(_ops().wave_elements(self.n, self.m))
 
     def accumulators(self, needs: list[bool]) -> tuple[Tensor, Tensor]:
         """Zeros for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
@@ -145,17 +184,32 @@ class _Similarity:
 
     def gradients(self, x, y, scale, dx, dy, needs) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y and scale from the accumulated products."""
-        grad_x, inner = self.finish(self.x, self.x_length, dx, x, needs[0]) if dx.numel() else (x.new_empty(0), dx)
-        grad_y = self.finish(self.y_rows, self.y_length, dy, y, True)[0] if needs[1] else y.new_empty(0)
+        x_side, y_side = self._side(dx, x, needs[0]), self._side(dy, y, needs[1])
+        rows = (self.x, self.x_length, dx, *x_side), (self.y_rows, self.y_length, dy, *y_side)
+        _ops().finish(self.d, self.scale, self.normalize, *rows[0], *rows[1])
+        (grad_x, inner), (grad_y, _) = x_side, y_side
         return grad_x, grad_y, inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
 
-    def finish(self, rows: Tensor, length: Tensor, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
-        """The gradient in x's dtype (in dx's own memory where it fits) and <x^, dx> [rows], float64."""
+    def _side(self, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
+        """Room for the gradient in x's dtype (in dx's own memory where it fits), and for <x^, dx> [rows], float64."""
         in_place = dx.dtype == x.dtype and self.width == self.d
         grad = x.new_empty(0) if not want else dx.view(len(x), self.d) if in_place else x.new_empty(len(x), self.d)
-        inner = torch.empty(len(x), dtype=torch.float64)
-        _ops().finish(rows, length, dx, self.d, self.scale, self.normalize, grad, inner)
-        return grad, inner
+        return grad, torch.empty(len(x) if dx.numel() else 0, dtype=torch.float64)
+
+
+def _kept_sizes(n: int, m: int, d: int, panel: int) -> list[int]:
+    """Elements of the exponentials, x^, y^ and the two sets of lengths (csrc/cpu/problem.h, Sums)."""
+    width = _padded(d, panel)
+    return [n * _padded(m, panel), n * width, m * width, n, m]
+
+
+def _padded(count: int, panel: int) -> int:
+    return -(-count // panel) * panel
+
+
+def _panel(x: Tensor) -> int:
+    """Columns of a panel for x's computing type, on this processor."""
+    return _ops().panel(x.dtype == torch.float64)
 
 
 def _mask_args(mask) -> tuple[Tensor, Tensor, Tensor, Tensor]:
