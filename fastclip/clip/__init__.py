@@ -1,5 +1,6 @@
 """CLIP models: towers, the pair, models by name, and checkpoints. Nothing here imports the trainer."""
 
+from fastclip.clip.checkpoint import export_openclip, export_transformers, load, save
 from fastclip.clip.config import (
     CausalTextConfig,
     CbowConfig,
@@ -9,12 +10,14 @@ from fastclip.clip.config import (
     TextConfig,
     VitConfig,
 )
+from fastclip.clip.convert import CheckpointMismatchError
 from fastclip.clip.model import Clip
 from fastclip.clip.zoo import create_model, list_models, model_config
 
 __all__ = [
     "CausalTextConfig",
     "CbowConfig",
+    "CheckpointMismatchError",
     "Clip",
     "ClipConfig",
     "ConvConfig",
@@ -22,6 +25,10 @@ __all__ = [
     "TextConfig",
     "VitConfig",
     "create_model",
+    "export_openclip",
+    "export_transformers",
     "list_models",
+    "load",
     "model_config",
+    "save",
 ]
