@@ -1,0 +1,150 @@
+"""Batches for the trainer, from any source, that can go on exactly where they were left.
+
+Order and randomness are pure functions of (seed, epoch, position), so the state is how far the epoch has been handed
+out; batches that workers have fetched ahead are not in it, and are fetched again.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastclip.data.batch import Batch
+from fastclip.data.config import DataConfig
+from fastclip.data.fetch import Collate, Fetched, Tokenizer
+from fastclip.data.report import REFUSED, SKIPPED, DataReport
+from fastclip.data.rows import Rows
+from fastclip.data.sample import Decoder
+from fastclip.data.sources import open_rows
+from fastclip.errors import UserError
+
+VERSION = 1
+
+
+def make_loader(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    transform: Callable[..., torch.Tensor],
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    seed: int = 0,
+    pin_memory: bool = False,
+) -> Loader:
+    """A Loader of batches of `batch` pairs for process `rank` of `world`, decoded by `workers` processes.
+
+    tokenizer(captions) gives int64 [N, L]; transform(RGB PIL image) float32 [C, S, S], with a torch.Generator as
+    `generator` if it has that parameter. UserError for data that cannot be used, ValueError for numbers that cannot be.
+    """
+    config.check()
+    if batch < 1 or workers < 0 or not 0 <= rank < world:
+        raise ValueError(
+            f"need batch >= 1, workers >= 0 and 0 <= rank < world, got {batch}, {workers}, {rank}, {world}"
+        )
+    if config.last == "keep" and world > 1:
+        raise ValueError("last='keep' is for one process: ranks would get batches of different sizes")
+    collate = Collate(Decoder.of(transform), tokenizer, config.pair_ids)
+    rows = Rows(open_rows(config), collate, config, batch, rank, world, seed)
+    return Loader(rows, config, workers, pin_memory)
+
+
+class Loader:
+    """Iterating gives the rest of the current epoch, and then moves on to the next.
+
+    `epoch` and `batches` (handed out in it) say where it stands; `steps_per_epoch` is None where only reading the data
+    would tell; `report` counts what was handed out and what was wrong with it.
+    """
+
+    def __init__(self, plan: Rows, config: DataConfig, workers: int = 0, pin_memory: bool = False) -> None:
+        self.plan, self.config, self.workers, self.pin_memory = plan, config, workers, pin_memory
+        self.epoch = 0
+        self.batches = 0
+        self.streams: dict[str, Any] = {}
+        self.report = DataReport()
+        self.report.merge(plan.source.problems)
+        self.warned: set[str] = set()
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return self.plan.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of `epoch`; where it is the current one, stay in the middle of it."""
+        if epoch != self.epoch:
+            self.epoch, self.batches, self.streams = epoch, 0, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dicts only. Exact for the same data, batch, seed, world size and workers."""
+        return {
+            "version": VERSION,
+            "epoch": self.epoch,
+            "batches": self.batches,
+            "streams": {key: list(value) if isinstance(value, tuple) else value for key, value in self.streams.items()},
+            "report": self.report.to_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("version") != VERSION:
+            raise ValueError(f"the data state has version {state.get('version')}, expected {VERSION}")
+        self.epoch, self.batches = state["epoch"], state["batches"]
+        self.streams = dict(state["streams"])
+        self.report = DataReport.from_dict(state["report"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        dataset, numbers = self.plan.resume(self.epoch, self.batches, self.streams)
+        fetching = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            collate_fn=_same,
+            worker_init_fn=_start_worker,
+            pin_memory=self.pin_memory,
+            # Its own: it draws a number from torch's global generator otherwise.
+            generator=torch.Generator(),
+        )
+        for fetched in fetching:
+            self._take(fetched)
+            if fetched.batch is not None:
+                yield fetched.batch
+        self.report.check(self.config.max_skipped, final=True)
+        if not self.batches:
+            raise UserError(f"the data does not fill one batch: {self.report.summary()}")
+        self.epoch, self.batches, self.streams = self.epoch + 1, 0, {}
+
+    def _take(self, fetched: Fetched) -> None:
+        self.report.merge(fetched.report)
+        if fetched.failed is not None:
+            raise UserError(fetched.failed)
+        for kind in (*SKIPPED, *REFUSED):
+            if kind in fetched.report.counts:
+                self._warn(kind, f"{kind}: {fetched.report.names[kind][0]} (left out; further ones are counted)")
+        if fetched.report.duplicates and not self.config.pair_ids:
+            self._warn(
+                "duplicates",
+                f"{fetched.report.duplicates} captions occur more than once in a batch and count as negatives of each "
+                "other; --data.pair-ids hands them to the loss as ids (further ones are counted)",
+            )
+        self.report.check(self.config.max_skipped)
+        self.batches += 1
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self.warned:
+            self.warned.add(what)
+            warnings.warn(message, stacklevel=3)
+
+
+def _same(fetched: Fetched) -> Fetched:
+    return fetched
+
+
+def _start_worker(number: int) -> None:
+    # A forked copy of fsspec's event loop has no thread behind it.
+    if "fsspec.asyn" in sys.modules:
+        sys.modules["fsspec.asyn"].reset_lock()

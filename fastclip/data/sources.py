@@ -1,0 +1,59 @@
+"""Which kind of source a name means, and how it is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastclip.data.config import DataConfig, Kind
+from fastclip.data.rows import Source
+from fastclip.data.tables import TABLES
+from fastclip.errors import UserError
+
+SHARDS = (".tar", ".tar.gz", ".tgz")
+
+
+def kind_of(config: DataConfig) -> Kind:
+    """The kind that `config` names, or that its sources' names and files tell. UserError if they do not."""
+    if config.kind != "auto":
+        return config.kind
+    kinds = {_kind_of(source) for source in config.sources}
+    if len(kinds) > 1:
+        raise UserError(f"--data.source mixes {' and '.join(sorted(kinds))}")
+    return kinds.pop()
+
+
+def _kind_of(source: str) -> Kind:
+    if source == "glyphs":
+        return "glyphs"
+    if source.lower().endswith(SHARDS):
+        return "shards"
+    if source.lower().endswith(TABLES):
+        return "table"
+    folder = Path(source)
+    if not folder.is_dir():
+        known = ", ".join((*SHARDS, *TABLES))
+        raise UserError(f"cannot read {source!r}: it is no folder, not `glyphs`, and ends in none of {known}")
+    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "hf"
+    return "shards" if any(folder.glob("*.tar")) else "folder"
+
+
+def open_rows(config: DataConfig) -> Source:
+    """The source of `config`, one that can be read in any order."""
+    kind = kind_of(config)
+    if len(config.sources) > 1:
+        raise UserError(f"several sources can be given for tar shards only, not for a {kind}")
+    (source,) = config.sources
+    if kind == "table":
+        from fastclip.data.tables import TableSource
+
+        return TableSource(source, config.image or "path", config.captions, config.root)
+    if kind == "folder":
+        from fastclip.data.folder import FolderSource
+
+        return FolderSource(source, config.captions)
+    if kind == "glyphs":
+        from fastclip.data.characters import GlyphSource
+
+        return GlyphSource(config.glyph_size, config.split, config.held_out)
+    raise UserError(f"{kind} cannot be read yet")
