@@ -2,7 +2,7 @@
 
 OpenAI publishes its weights as TorchScript: a zip with the tensors' bytes, a pickle that says which tensor belongs to
 which module, and source code, which torch.jit.load would compile and could run. Here the code is never opened. The
-pickle is read by an unpickler that knows modules (as empty boxes), tensors and ordered dictionaries, and refuses every
+pickle is read by an unpickler that knows modules (as empty boxes), tensors, lists and dictionaries, and refuses every
 other name.
 """
 
@@ -62,6 +62,9 @@ class _Unpickler(pickle.Unpickler):
             return self.module
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
+        if module == "torch.jit._pickle":
+            # Marks the type of a list or a dictionary, which torch's own functions of these names give back too.
+            return lambda value, *_: value
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch" and name in DTYPES:
@@ -83,5 +86,5 @@ def _tensors(module: Any, prefix: str):
     for name, value in vars(module).items():
         if isinstance(value, torch.Tensor):
             yield prefix + name, value
-        elif hasattr(value, "__dict__"):
+        elif type(value) is type(module):
             yield from _tensors(value, f"{prefix}{name}.")
