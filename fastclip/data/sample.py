@@ -138,8 +138,7 @@ def strings(value: object) -> list[str]:
 def read_file(path: str | Path, largest: int) -> bytes:
     """The content of a regular file. BadSample for anything else, and for more than `largest` bytes."""
     try:
-        # Not to wait for a writer when it is a pipe.
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise BadSample("unreadable file", f"{path}: not a regular file")
@@ -152,3 +151,8 @@ def read_file(path: str | Path, largest: int) -> bytes:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         kind = "missing image" if isinstance(error, FileNotFoundError) else "unreadable file"
         raise BadSample(kind, f"{path}: {reason}") from error
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    # A pipe would wait for a writer. Windows has no such flag.
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

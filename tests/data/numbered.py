@@ -1,4 +1,4 @@
-"""Data whose samples tell who they are: sample i is a picture of colour (i % 256, i // 256, 90) captioned "number i"."""
+"""Data whose samples tell who they are: sample i is a picture of colour (i % 256, i // 256, 90), "number i"."""
 
 import io
 import json

@@ -1,6 +1,7 @@
 """The loader over sources that are read in any order: epochs, ranks, workers, resume, faults."""
 
 import json
+import os
 import pickle
 from dataclasses import replace
 
@@ -131,7 +132,7 @@ def test_what_cannot_be_used_is_replaced_counted_and_named_in_any_process(tmp_pa
     (tmp_path / "images" / "2.png").write_bytes(b"no picture")
     (tmp_path / "images" / "3.png").unlink()
     (tmp_path / "images" / "4.png").unlink()
-    (tmp_path / "images" / "4.png").mkdir()
+    os.mkfifo(tmp_path / "images" / "4.png")
     config = DataConfig(str(path), max_skipped=0.5)
     reports = []
     for workers in (0, 2):
