@@ -4,32 +4,11 @@ Legend: image, text [N, D]; query [N, D], key [M, D]. Row i of S = scale * image
 text j. Equations: docs/math.md.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from fastclip import checks, ops, sigmoid
-from fastclip.softmax import Gaps, Options, cross_entropy, gap, gaps, log_add, reduce, soft_targets
-
-
-@dataclass(frozen=True)
-class LossStats:
-    """By-products of one batch, detached. float32 (float64 for float64 features), natural log.
-
-    image_lse, text_lse [N]: log-sum-exp of each image's row and each text's column of S (queries and keys alike),
-        over the pairs that the loss counts.
-    losses [N]: each pair's loss before weight and reduction.
-    image_accuracy, text_accuracy 0-d in [0, 1]: share of images (texts) whose own text (image) no other one beats.
-    mean_rank 0-d: how many candidates beat the positive, averaged over both directions; 0 is perfect.
-    """
-
-    image_lse: Tensor
-    text_lse: Tensor
-    losses: Tensor
-    image_accuracy: Tensor
-    text_accuracy: Tensor
-    mean_rank: Tensor
+from fastclip import checks, distributed, ops, sigmoid
+from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, gap, gaps, log_add, reduce, soft_targets
 
 
 def clip_loss(
@@ -69,7 +48,9 @@ def clip_loss(
         false_negative_margin: leave out negatives whose cosine exceeds the positive's by more than this (a constant
             choice, without a gradient; for a positive scale). None keeps all.
         hardness: negatives count exp(hardness * cosine) times, a constant factor (eq. 13). 0 is the plain loss.
-        group: not built yet; anything but None raises NotImplementedError.
+        group: a ProcessGroup, or a `fastclip.distributed.Sharded`: the batch is spread over its ranks, each passes its
+            own rows (as many as it has), weight and ids, and gets the whole batch's loss ("none": its own pairs').
+            Gradients averaged over the ranks, as DDP and FSDP do, are the whole batch's (docs/distributed.md).
         backend: None takes the first of `available_backends()` that can run these tensors.
         return_stats: also return a LossStats.
 
@@ -80,14 +61,20 @@ def clip_loss(
         ValueError, TypeError: shapes, devices, dtypes or values that do not fit; the message says expected and got.
         RuntimeError: a backend asked for by name that cannot run here, with the reason.
     """
-    checks.one_process(group)
-    checks.reduction(reduction)
-    image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
-    scale = checks.scalar(logit_scale, "logit_scale", image)
-    weight = checks.sample_weight(weight, len(image), image)
-    ids = None if ids is None else checks.integers(ids, "ids", len(image), image)
-    options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
-    checks.options(options, ids is not None)
+
+    def checked():
+        checks.reduction(reduction)
+        image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
+        scale = checks.scalar(logit_scale, "logit_scale", image)
+        pair_weight = checks.sample_weight(weight, len(image), image)
+        pair_ids = None if ids is None else checks.integers(ids, "ids", len(image), image)
+        options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
+        checks.options(options, ids is not None)
+        return image, text, scale, pair_weight, pair_ids, options
+
+    if group is not None:
+        return distributed.clip_loss(checked, group, reduction, return_stats)
+    image, text, scale, weight, ids, options = checked()
 
     pairs = gaps(image, text, scale, None, options, ids, ids)
     by_image = cross_entropy(pairs.row_gap) + soft_targets(image, text, scale, pairs.pos, None, options, ids, ids)

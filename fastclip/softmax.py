@@ -35,6 +35,25 @@ class Gaps:
     pos: Tensor
 
 
+@dataclass(frozen=True)
+class LossStats:
+    """By-products of one batch, detached. float32 (float64 for float64 features), natural log.
+
+    image_lse, text_lse [N]: log-sum-exp of each image's row and each text's column of S (queries and keys alike),
+        over the pairs that the loss counts.
+    losses [N]: each pair's loss before weight and reduction.
+    image_accuracy, text_accuracy 0-d in [0, 1]: share of images (texts) whose own text (image) no other one beats.
+    mean_rank 0-d: how many candidates beat the positive, averaged over both directions; 0 is perfect.
+    """
+
+    image_lse: Tensor
+    text_lse: Tensor
+    losses: Tensor
+    image_accuracy: Tensor
+    text_accuracy: Tensor
+    mean_rank: Tensor
+
+
 def gaps(
     x: Tensor,
     y: Tensor,

@@ -215,7 +215,7 @@ def test_topk_in_chunks_is_topk_at_once(monkeypatch):
         (lambda x, y: fastclip.topk(x, y, 6), ValueError, "between 1 and the gallery's 5 rows, got 6"),
         (lambda x, y: fastclip.recall_at_k(torch.arange(5), 0), ValueError, "k must be at least 1"),
         (lambda x, y: fastclip.retrieval_ranks(x, y, image_of_text=torch.full((5,), 5)), ValueError, "image_of_text"),
-        (lambda x, y: fastclip.clip_loss(x, y, 1.0, group=object()), NotImplementedError, "group"),
+        (lambda x, y: fastclip.clip_loss(x, y, 1.0, group=object()), TypeError, "ProcessGroup"),
     ],
 )
 def test_bad_input_says_expected_and_got(call, error, message):

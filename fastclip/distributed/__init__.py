@@ -1,0 +1,13 @@
+"""The losses over a process group: one batch, its rows spread over the ranks (docs/distributed.md).
+
+    loss = clip_loss(image_features, text_features, logit_scale, group=torch.distributed.group.WORLD)
+    loss = clip_loss(image_features, text_features, logit_scale, group=Sharded(mode="ring"))
+
+shards.py: what the ranks tell each other first. exchange.py: messages with their gradients. sums.py: the one quadratic
+operator, over all ranks. softmax.py: the losses around it.
+"""
+
+from fastclip.distributed.shards import Sharded
+from fastclip.distributed.softmax import clip_loss
+
+__all__ = ["Sharded", "clip_loss"]

@@ -1,0 +1,69 @@
+"""ops.similarity_sums over the ranks of a group: each rank its rows against all columns, once for both directions.
+
+Legend: x [n_r, D], y [m_r, D] this rank's queries and keys; query i belongs to key i of its own rank, n_r <= m_r.
+row_sum, row_shift, pos [n_r] and col_sum, col_shift [m_r] belong to them, over all negatives of the whole batch.
+A sum and its shift stand for sum * exp(shift): shifts may differ from rank to rank, and from block to block.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastclip import ops
+from fastclip.distributed.exchange import all_rows, gather_rows, to_owners
+from fastclip.distributed.shards import Shards
+
+
+class Scaled(NamedTuple):
+    """total * exp(shift), both [n]."""
+
+    total: Tensor
+    shift: Tensor
+
+
+def similarity_sums(
+    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, normalize: bool, backend: str | None, mask: ops.Mask
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """row_sum, col_sum, row_shift, col_shift, pos (the legend above), differentiable in x, y and scale.
+
+    mask: row_ids, row_limit [n_r] of this rank; col_ids, col_limit [M] of all ranks.
+    """
+    keys = all_rows(y, shards.cols, shards.group)
+    own = torch.arange(len(x), device=x.device) + shards.columns(shards.rank).start
+    row_sum, col_sum, row_shift, col_shift, pos = ops.similarity_sums(x, keys, scale, own, normalize, backend, mask)
+    col_sum, col_shift = _OwnColumns.apply(col_sum, col_shift, shards)
+    return row_sum, col_sum, row_shift, col_shift, pos
+
+
+class _OwnColumns(torch.autograd.Function):
+    """This rank's columns [m_r], summed over the ranks, from what each rank has of all columns [M]."""
+
+    @staticmethod
+    def forward(ctx, total, shift, shards):
+        received = to_owners(torch.stack([total, shift], 1), shards.cols, shards.group)
+        own = join(*(Scaled(*part.unbind(1)) for part in received))
+        ctx.shards = shards
+        ctx.save_for_backward(shift, own.shift)
+        ctx.mark_non_differentiable(own.shift)
+        return own.total, own.shift
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _shift):
+        shift, own_shift = ctx.saved_tensors
+        pairs = gather_rows(torch.stack([grad, own_shift], 1), ctx.shards.cols, ctx.shards.group)
+        # A shift above the joined one belongs to a column without negatives here: any finite factor serves it.
+        return pairs[:, 0] * torch.exp((shift - pairs[:, 1]).clamp_max(0.0)), None, None
+
+
+def join(*parts: Scaled) -> Scaled:
+    """The sum of the parts, under the largest shift among those that hold anything."""
+    if len(parts) == 1:
+        return parts[0]
+    totals, shifts = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
+    top = torch.where(totals > 0, shifts, -torch.inf).amax(0)
+    top = torch.where(top == -torch.inf, shifts.amax(0), top)
+    terms = torch.where(totals == 0, 0.0, totals * torch.exp(shifts - top))
+    return Scaled(terms.sum(0), top)
