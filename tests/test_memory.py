@@ -36,7 +36,7 @@ def test_what_autograd_keeps_grows_with_n(backend, options):
 @pytest.mark.skipif("cpu" not in available_backends(), reason="only the C++ kernels keep anything")
 def test_what_is_kept_of_a_small_batch_has_a_fixed_bound():
     sizes = (1023, 1024, 1025)
-    bounded = 4 * cpu.KEPT_ENTRIES + 4 * 1024 * (3 * 2 * 16 + 60)  # 16: the width of 8 in panels
+    bounded = 4 * cpu.KEPT_ENTRIES + 4 * 1024 * (2 * cpu.WIDEST_PANEL + 2 * 8 + 60)
     assert all(saved_bytes(clip_loss, *features(n, 8), backend="cpu") <= bounded for n in sizes)
 
 

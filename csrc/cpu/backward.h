@@ -111,6 +111,27 @@ static void weigh_wave(const Gradients<T>& p, const Wave<T>& wave, ParallelFor r
   });
 }
 
+// The rows of y^ that the wave meets, out of y_columns: a panel [kPanel columns of y^, kPanel of D] at a time, turned.
+template <class T>
+static void turn_columns(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<T>::kPanel;
+  const int64_t D = p.S.D, padded = ceil_div(D, W) * W;
+  parallel(run, wave.j_last - wave.j_first, [&](int64_t task) {
+    const int64_t j0 = (wave.j_first + task) * kBlock, rows = smaller(kBlock, p.S.M - j0);
+    for (int64_t k0 = 0; k0 < padded; k0 += W) {
+      T* out = p.y_wave + task * kBlock * padded + k0 * rows;
+      const int64_t count = smaller(W, D - k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += W) {
+        const T* in = p.S.y_columns + (j0 + r0) * D + k0 * W;
+        for (int64_t r = 0; r < smaller(W, rows - r0); ++r) {
+          for (int64_t k = 0; k < count; ++k) out[(r0 + r) * W + k] = in[k * W + r];
+          for (int64_t k = count; k < W; ++k) out[(r0 + r) * W + k] = T(0);
+        }
+      }
+    }
+  });
+}
+
 // dx of the wave's rows += G Y
 template <class T>
 static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
@@ -123,7 +144,8 @@ static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
       const int64_t j0 = j * kBlock, depth = smaller(kBlock, p.S.M - j0);
       const T* g = wave.block(i, j);
       for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
-        const T* y = p.Y + j0 * padded + panel * depth * W;
+        const T* block = p.Y ? p.Y + j0 * padded : p.y_wave + (j - wave.j_first) * kBlock * padded;
+        const T* y = block + panel * depth * W;
         for_row_tiles(rows, [&](int64_t r, auto count) {
           constexpr int R = decltype(count)::value;
           typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
@@ -161,19 +183,22 @@ static void add_dy(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
   });
 }
 
+// Calls f(wave) on every wave, those that share Y's rows one after the other.
 template <class T, class F>
-static FC_INLINE void for_waves(const Gradients<T>& p, const F& f) {
+static FC_INLINE void for_waves(const Gradients<T>& p, ParallelFor run, const F& f) {
   const int64_t row_blocks = ceil_div(p.S.N, kBlock), col_blocks = ceil_div(p.S.M, kBlock);
-  for (int64_t i = 0; i < row_blocks; i += kWave) {
-    for (int64_t j = 0; j < col_blocks; j += kWave) {
-      f(Wave<T>{i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave});
+  for (int64_t j = 0; j < col_blocks; j += kWave) {
+    for (int64_t i = 0; i < row_blocks; i += kWave) {
+      const Wave<T> wave = {i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave};
+      if (p.dx && !p.Y && i == 0) turn_columns(p, wave, run);
+      f(wave);
     }
   }
 }
 
 template <class T>
 static void gradients(const Gradients<T>& p, ParallelFor run) {
-  for_waves(p, [&](const Wave<T>& wave) {
+  for_waves(p, run, [&](const Wave<T>& wave) {
     weigh_wave(p, wave, run);
     if (p.dx) add_dx(p, wave, run);
     if (p.dy) add_dy(p, wave, run);

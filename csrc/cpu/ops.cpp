@@ -120,6 +120,11 @@ int64_t wave_elements(int64_t n, int64_t m) {
   return ((blocks(n) - 1) * kWave + blocks(m)) * kBlock * kBlock;
 }
 
+// The rows of y^, m of them d wide, that one wave meets.
+int64_t y_wave_elements(int64_t m, int64_t d, bool is_double) {
+  return std::min(kWave * kBlock, m) * padded(d, panel(is_double));
+}
+
 template <class T>
 Pack<T> pack_rows(const Tensor& x, bool normalize, const Tensor& length, const Tensor& rows) {
   const int64_t n = x.size(0), d = x.size(1);
@@ -130,7 +135,7 @@ Pack<T> pack_rows(const Tensor& x, bool normalize, const Tensor& length, const T
 
 void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_rows, Tensor y_length, Tensor y_rows,
           Tensor y_columns) {
-  with_type(x_length, [&](auto zero) {
+  with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     const Pack<T> of_x = pack_rows<T>(x, normalize, x_length, x_rows);
     Pack<T> of_y = pack_rows<T>(y, normalize, y_length, y_rows);
@@ -244,42 +249,43 @@ void ranks(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, dou
 void gradients(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
                Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift, Tensor col_shift,
                Tensor entries, Tensor x_values, Tensor y_values, int64_t width, Tensor grad_row_sum,
-               Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor dx, Tensor dy) {
+               Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor y_wave, Tensor dx, Tensor dy) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     const int64_t W = kernels<T>().panel, stride = padded(width, W);
-    // With the entries kept, S is not formed again: no columns of y^ are needed.
-    Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, entries.numel() ? 0 : d, scale),
+    Gradients<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
                       entries.numel() ? data<T>(entries, n * padded(m, W), "entries") : nullptr,
                       data<T>(x_values, dy.numel() ? n * stride : 0, "x_values"),
-                      data<T>(y_values, dx.numel() ? m * stride : 0, "y_values"),
+                      y_values.numel() ? data<T>(y_values, m * stride, "y_values") : nullptr,
                       width,
                       data<T>(grad_row_sum, n, "grad_row_sum"),
                       data<T>(grad_col_sum, m, "grad_col_sum"),
                       data<T>(grad_pos, n, "grad_pos"),
                       data<T>(wave, wave_elements(n, m), "wave"),
+                      nullptr,
                       dx.numel() ? data<T>(dx, n * stride, "dx") : nullptr,
                       dy.numel() ? data<T>(dy, m * stride, "dy") : nullptr};
     set_positive(p.S, positive);
     set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
+    if (p.dx && !p.Y) p.y_wave = data<T>(y_wave, y_wave_elements(m, d, sizeof(T) == 8), "y_wave");
     STD_TORCH_CHECK(!p.entries || p.S.one_shift, "kept entries serve one shift");
     kernels<T>().gradients(p, parallel_for);
   });
 }
 
 void sigmoid(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, double scale, Tensor positive,
-             Tensor row_ids, Tensor col_ids, bool match_is_positive, double bias, Tensor row_weight, Tensor y_rows,
-             Tensor wave, Tensor partial, Tensor row_loss, Tensor row_slope, Tensor dx, Tensor dy) {
+             Tensor row_ids, Tensor col_ids, bool match_is_positive, double bias, Tensor row_weight,
+             Tensor wave, Tensor y_wave, Tensor partial, Tensor row_loss, Tensor row_slope, Tensor dx, Tensor dy) {
   with_type(x_rows, [&](auto zero) {
     typedef decltype(zero) T;
     const int64_t width = padded(d, kernels<T>().panel);
     Sigmoid<T> p = {similarity<T>(x_rows, y_columns, n, m, d, scale),
-                    data<T>(y_rows, dx.numel() ? m * width : 0, "y_rows"),
                     T(bias),
                     match_is_positive,
                     data<T>(row_weight, n, "row_weight"),
                     data<T>(wave, wave_elements(n, m), "wave"),
+                    data<T>(y_wave, dx.numel() ? y_wave_elements(m, d, sizeof(T) == 8) : 0, "y_wave"),
                     data<double>(partial, 2 * kWave * n, "partial"),
                     data<double>(row_loss, n, "row_loss"),
                     data<double>(row_slope, n, "row_slope"),
@@ -292,24 +298,22 @@ void sigmoid(Tensor x_rows, Tensor y_columns, int64_t n, int64_t m, int64_t d, d
 }
 
 template <class T>
-Finish<T> finish_side(const Tensor& rows, const Tensor& length, const Tensor& dx, int64_t d, double scale,
-                      bool normalize, const Tensor& grad, const Tensor& inner) {
+Finish<T> finish_side(const Tensor& x, const Tensor& dx, double scale, bool normalize, const Tensor& grad,
+                      const Tensor& inner) {
   if (!dx.numel()) return {};
-  const int64_t n = length.numel(), width = padded(d, kernels<T>().panel);
-  Finish<T> f = {n, d, data<T>(rows, n * width, "rows"), data<T>(length, n, "length"), data<T>(dx, n * width, "dx"),
-                 T(scale), normalize, nullptr, element_of(grad), data<double>(inner, n, "inner")};
-  if (grad.numel()) f.grad = data<char>(grad, n * d, "grad");
-  return f;
+  const int64_t n = x.size(0), d = x.size(1);
+  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)}, normalize, data<T>(dx, n * padded(d, kernels<T>().panel), "dx"),
+          T(scale), grad.numel() ? data<char>(grad, n * d, "grad") : nullptr, data<double>(inner, n, "inner")};
 }
 
 // A side with an empty dx is left out.
-void finish(int64_t d, double scale, bool normalize, Tensor x_rows, Tensor x_length, Tensor dx, Tensor grad_x,
-            Tensor x_inner, Tensor y_rows, Tensor y_length, Tensor dy, Tensor grad_y, Tensor y_inner) {
-  with_type(x_rows, [&](auto zero) {
+void finish(double scale, bool normalize, Tensor x, Tensor dx, Tensor grad_x, Tensor x_inner, Tensor y, Tensor dy,
+            Tensor grad_y, Tensor y_inner) {
+  with_type(dx, [&](auto zero) {
     typedef decltype(zero) T;
-    const auto of_x = finish_side<T>(x_rows, x_length, dx, d, scale, normalize, grad_x, x_inner);
-    const auto of_y = finish_side<T>(y_rows, y_length, dy, d, scale, normalize, grad_y, y_inner);
-    kernels<T>().finish(of_x, of_y, for_elements((of_x.rows + of_y.rows) * d));
+    const auto of_x = finish_side<T>(x, dx, scale, normalize, grad_x, x_inner);
+    const auto of_y = finish_side<T>(y, dy, scale, normalize, grad_y, y_inner);
+    kernels<T>().finish(of_x, of_y, for_elements((of_x.x.rows + of_y.x.rows) * x.size(1)));
   });
 }
 
@@ -320,6 +324,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("isa() -> str");
   m.def("panel(bool is_double) -> int");
   m.def("wave_elements(int n, int m) -> int");
+  m.def("y_wave_elements(int m, int d, bool is_double) -> int");
   m.def(
       "pack(Tensor x, Tensor y, bool normalize, Tensor(a!) x_length, Tensor(b!) x_rows, Tensor(c!) y_length,"
       " Tensor(d!) y_rows, Tensor(e!) y_columns) -> ()");
@@ -344,20 +349,22 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
       " Tensor col_shift, Tensor entries, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor grad_col_sum,"
       " Tensor grad_pos, Tensor(a!) wave,"
-      " Tensor(b!) dx, Tensor(c!) dy) -> ()");
+      " Tensor(b!) y_wave, Tensor(c!) dx, Tensor(d!) dy) -> ()");
   m.def(
       "sigmoid(Tensor x_rows, Tensor y_columns, int n, int m, int d, float scale, Tensor positive, Tensor row_ids,"
-      " Tensor col_ids, bool match_is_positive, float bias, Tensor row_weight, Tensor y_rows, Tensor(a!) wave,"
-      " Tensor(b!) partial, Tensor(c!) row_loss, Tensor(d!) row_slope, Tensor(e!) dx, Tensor(f!) dy) -> ()");
+      " Tensor col_ids, bool match_is_positive, float bias, Tensor row_weight, Tensor(a!) wave,"
+      " Tensor(b!) y_wave, Tensor(c!) partial, Tensor(d!) row_loss, Tensor(e!) row_slope, Tensor(f!) dx, Tensor(g!) dy)"
+      " -> ()");
   m.def(
-      "finish(int d, float scale, bool normalize, Tensor x_rows, Tensor x_length, Tensor dx, Tensor(a!) grad_x,"
-      " Tensor(b!) x_inner, Tensor y_rows, Tensor y_length, Tensor dy, Tensor(c!) grad_y, Tensor(d!) y_inner) -> ()");
+      "finish(float scale, bool normalize, Tensor x, Tensor dx, Tensor(a!) grad_x, Tensor(b!) x_inner, Tensor y,"
+      " Tensor dy, Tensor(c!) grad_y, Tensor(d!) y_inner) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&fastclip::isa_name));
   m.impl("panel", TORCH_BOX(&fastclip::panel));
   m.impl("wave_elements", TORCH_BOX(&fastclip::wave_elements));
+  m.impl("y_wave_elements", TORCH_BOX(&fastclip::y_wave_elements));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CPU, m) {

@@ -58,9 +58,24 @@ static FC_INLINE void narrow(float value, Half* out) {
   out->bits = uint16_t(sign | half);
 }
 
+constexpr double kShortest = 1e-12;  // F.normalize's eps
+
 template <class In>
 static FC_INLINE const In* row_of(const Features& x, int64_t i) {
   return static_cast<const In*>(x.data) + i * x.row_stride;
+}
+
+// The length of a row, at least F.normalize's eps where it divides; NaN stays NaN.
+template <class In>
+static FC_INLINE double length_of(const In* x, int64_t D, bool normalize) {
+  double lanes[16] = {}, square = 0.0;  // sixteen sums at a time: no waiting for the last addition
+  for (int64_t k = 0; k < D / 16 * 16; k += 16) {
+    for (int l = 0; l < 16; ++l) lanes[l] += double(widen(x[k + l])) * double(widen(x[k + l]));
+  }
+  for (int64_t k = D / 16 * 16; k < D; ++k) lanes[k % 16] += double(widen(x[k])) * double(widen(x[k]));
+  for (int l = 0; l < 16; ++l) square += lanes[l];
+  const double norm = __builtin_sqrt(square);
+  return normalize && norm < kShortest ? kShortest : norm;
 }
 
 template <class T, class In>
@@ -68,16 +83,8 @@ static void pack_block(const Pack<T>& p, int64_t i0, int64_t rows, double* facto
   constexpr int W = Simd<T>::kPanel;
   const int64_t D = p.x.width;
   for (int64_t i = 0; i < rows; ++i) {
-    const In* x = row_of<In>(p.x, i0 + i);
-    double lanes[16] = {}, square = 0.0;  // sixteen sums at a time: no waiting for the last addition
-    for (int64_t k = 0; k < D / 16 * 16; k += 16) {
-      for (int l = 0; l < 16; ++l) lanes[l] += double(widen(x[k + l])) * double(widen(x[k + l]));
-    }
-    for (int64_t k = D / 16 * 16; k < D; ++k) lanes[k % 16] += double(widen(x[k])) * double(widen(x[k]));
-    for (int l = 0; l < 16; ++l) square += lanes[l];
-    const double norm = __builtin_sqrt(square);
-    const double length = norm < 1e-12 ? 1e-12 : norm;  // F.normalize's eps; NaN stays NaN
-    p.length[i0 + i] = T(p.normalize ? length : norm);
+    const double length = length_of(row_of<In>(p.x, i0 + i), D, p.normalize);
+    p.length[i0 + i] = T(length);
     factor[i] = p.normalize ? 1.0 / length : 1.0;
   }
   if (p.rows) {
@@ -114,27 +121,23 @@ static void pack_block(const Pack<T>& p, int64_t i0, int64_t rows, double* facto
 template <class T, class In>
 static void finish_row(const Finish<T>& f, int64_t i) {
   constexpr int W = Simd<T>::kPanel;
-  const int64_t D = f.width, padded = (D + W - 1) / W * W;
-  const int64_t i0 = i / kBlock * kBlock, rows = f.rows - i0 < kBlock ? f.rows - i0 : kBlock;
-  const T* x = f.x_rows + i0 * padded + (i - i0) * W;  // W elements, then the next W a panel further on
+  const int64_t D = f.x.width, padded = (D + W - 1) / W * W;
+  const In* x = row_of<In>(f.x, i);
   const T* dx = f.dx + i * padded;
-  double lanes[W] = {};
-  for (int64_t k0 = 0; k0 < padded; k0 += W) {  // the padding is zeros on both sides
-    for (int k = 0; k < W; ++k) lanes[k] += double(x[k0 * rows + k]) * double(dx[k0 + k]);
+  const double length = f.normalize ? length_of(x, D, true) : 1.0, factor = 1.0 / length;
+  double lanes[W] = {}, inner = 0.0;
+  for (int64_t k0 = 0; k0 < D; k0 += W) {
+    const int64_t count = D - k0 < W ? D - k0 : W;
+    for (int64_t k = 0; k < count; ++k) lanes[k] += double(T(widen(x[k0 + k]) * factor)) * double(dx[k0 + k]);
   }
-  double inner = 0.0;
   for (int k = 0; k < W; ++k) inner += lanes[k];
   f.inner[i] = inner;
   if (!f.grad) return;
   In* out = static_cast<In*>(f.grad) + i * D;
   // A length clamped to eps is a constant: no component along x^ to remove.
-  const T along = f.normalize && !(f.length[i] <= T(1e-12)) ? T(inner) : T(0);
-  const T length = f.normalize ? f.length[i] : T(1);
-  for (int64_t k0 = 0; k0 < D; k0 += W) {
-    const int64_t count = D - k0 < W ? D - k0 : W;
-    for (int64_t k = 0; k < count; ++k) {
-      narrow(f.scale * (dx[k0 + k] - x[k0 * rows + k] * along) / length, out + k0 + k);
-    }
+  const T along = f.normalize && !(length <= kShortest) ? T(inner) : T(0), divisor = T(length);
+  for (int64_t k = 0; k < D; ++k) {
+    narrow(f.scale * (dx[k] - T(widen(x[k]) * factor) * along) / divisor, out + k);
   }
 }
 
@@ -162,15 +165,15 @@ static void pack(const Pack<T>& x, const Pack<T>& y, ParallelFor run) {
 template <class T>
 static void finish(const Finish<T>& x, const Finish<T>& y, ParallelFor run) {
   constexpr int64_t kRows = 64;  // rows a task
-  const int64_t x_tasks = (x.rows + kRows - 1) / kRows, y_tasks = (y.rows + kRows - 1) / kRows;
+  const int64_t x_tasks = (x.x.rows + kRows - 1) / kRows, y_tasks = (y.x.rows + kRows - 1) / kRows;
   parallel(run, x_tasks + y_tasks, [&](int64_t task) {
     const Finish<T>& f = task < x_tasks ? x : y;
     const int64_t first = (task < x_tasks ? task : task - x_tasks) * kRows;
-    for (int64_t i = first; i < first + kRows && i < f.rows; ++i) {
+    for (int64_t i = first; i < first + kRows && i < f.x.rows; ++i) {
       if constexpr (sizeof(T) == 8) {
         finish_row<T, double>(f, i);
       } else {
-        switch (f.element) {
+        switch (f.x.element) {
           case Element::bf16: finish_row<T, Bfloat16>(f, i); break;
           case Element::f16: finish_row<T, Half>(f, i); break;
           default: finish_row<T, float>(f, i);

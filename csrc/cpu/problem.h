@@ -80,8 +80,9 @@ struct Ranks {
 };
 
 // dx += G Y and dy += G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
-// X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. wave: room for
-// kWave x kWave blocks of G. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. entries: what Sums
+// X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. Y null: y^, whose
+// rows are taken from y_columns a wave at a time. wave: room for kWave x kWave blocks of G. y_wave: for kWave blocks of
+// Y's rows. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. entries: what Sums
 // kept, or null: S is recomputed.
 template <class T>
 struct Gradients {
@@ -90,7 +91,7 @@ struct Gradients {
   const T *X, *Y;
   int64_t width;
   const T *a, *b, *d;
-  T *wave, *dx, *dy;
+  T *wave, *y_wave, *dx, *dy;
 };
 
 // sum_ij w_i softplus(-z_ij (S_ij + bias)), z = 1 on positives and -1 elsewhere (math.md, eq. 11). Adds each row's loss and
@@ -99,25 +100,23 @@ struct Gradients {
 template <class T>
 struct Sigmoid {
   Similarity<T> S;
-  const T* y_rows;
   T bias;
   bool match_is_positive;
   const T* row_weight;
-  T* wave;
+  T *wave, *y_wave;
   double *partial, *row_loss, *row_slope;
   T *dx, *dy;
 };
 
 // grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type; inner [rows] = <x^, dx>.
-// rows = 0: nothing to do.
+// x: the features as they came; x.rows = 0: nothing to do.
 template <class T>
 struct Finish {
-  int64_t rows, width;
-  const T *x_rows, *length, *dx;
-  T scale;
+  Features x;
   bool normalize;
+  const T* dx;
+  T scale;
   void* grad;  // null: only inner is wanted
-  Element element;
   double* inner;
 };
 

@@ -6,62 +6,101 @@
 namespace fastclip {
 namespace FC_ISA {
 
-// log(1 + z) for z in [0, 1], relative error below 3e-7: twice the area tangent of z / (2 + z), as a series.
-static FC_INLINE Simd<float>::V log1p(Simd<float>::V z) {
-  const Simd<float>::V w = z / (z + 2.0f), q = w * w;
-  Simd<float>::V s = q * (2.0f / 15) + 2.0f / 13;
-  s = s * q + 2.0f / 11;
-  s = s * q + 2.0f / 9;
-  s = s * q + 2.0f / 7;
-  s = s * q + 2.0f / 5;
-  s = s * q + 2.0f / 3;
-  return w * (s * q + 2.0f);
-}
-static FC_INLINE Simd<double>::V log1p(Simd<double>::V z) {
-  FC_UNROLL
-  for (int i = 0; i < Simd<double>::kLanes; ++i) z[i] = __builtin_log1p(z[i]);
-  return z;
+// What a row's entries add up to, a lane each. The losses are softplus(s) = max(s, 0) + log(1 + e), e = exp(-|s|): the
+// logarithms are taken of the product of all 1 + e at once, which is kept as that product minus 1, so that small e are
+// not rounded away. A block's 192 factors of at most 2 fit in a float where they share its lanes, in a double together.
+template <class T>
+struct RowTotal {
+  typename Simd<T>::V above = {}, product_minus_1 = {}, slope = {};
+};
+
+// Adds the losses of `s` to the row's total; returns their derivatives sigmoid(s).
+template <class T>
+static FC_INLINE typename Simd<T>::V add_losses(typename Simd<T>::V s, RowTotal<T>& total) {
+  typedef typename Simd<T>::V V;
+  const V size = s < T(0) ? -s : s;
+  const V e = exp_minus(-size, V{});  // at most 1
+  total.above += s < T(0) ? V{} : s;
+  total.product_minus_1 += e * (total.product_minus_1 + T(1));
+  return (s < T(0) ? e : Simd<T>::fill(T(1))) / (e + T(1));
 }
 
-// Turns a panel of x^ y^T into G_ij = w_i dloss_ij/dS_ij and adds each row's loss, and its G, to `loss` and `slope`.
 template <class T>
-static void sigmoid_panel(const Sigmoid<T>& p, int64_t i0, int64_t rows, int64_t j0, T* panel, double* loss,
-                          double* slope) {
+static double loss_of(const RowTotal<T>& total) {
+  double above = 0.0, product_minus_1 = 0.0;
+  for (int l = 0; l < Simd<T>::kLanes; ++l) {
+    above += double(total.above[l]);
+    const double factor_minus_1 = double(total.product_minus_1[l]);
+    product_minus_1 += factor_minus_1 * (product_minus_1 + 1.0);
+  }
+  return above + __builtin_log1p(product_minus_1);
+}
+
+// A row's panel where every pair is a negative: dots -> sigmoid(S + bias) * weight.
+template <class T>
+static FC_INLINE void sigmoid_plain(const Sigmoid<T>& p, T weight, T* row, RowTotal<T>& total) {
+  typedef Simd<T> L;
+  for (int v = 0; v < kVectorsPerPanel; ++v) {
+    const auto g = add_losses<T>(L::load(row + v * L::kLanes) * p.S.scale + p.bias, total);
+    total.slope += g;
+    L::store(row + v * L::kLanes, g * weight);
+  }
+}
+
+// The same where some pairs are positives (the loss is softplus(-s), its derivative -sigmoid(-s)) or left out.
+template <class T>
+static void sigmoid_mixed(const Sigmoid<T>& p, int64_t i, int64_t j0, T* row, RowTotal<T>& total) {
   typedef Simd<T> L;
   typedef typename L::V V;
-  constexpr int W = L::kPanel, NV = kVectorsPerPanel;
+  constexpr int W = L::kPanel;
   const Similarity<T>& S = p.S;
   const int64_t cols = smaller(W, S.M - j0);
-  for (int64_t r = 0; r < rows; ++r) {
-    T* row = panel + r * W;
-    T sign[W], used[W];  // z_ij, and 0 for pairs left out
-    for (int j = 0; j < W; ++j) {
-      sign[j] = T(-1);
-      used[j] = j < cols ? T(1) : T(0);
+  T sign[W], used[W];  // -z_ij, and 0 for pairs left out
+  for (int j = 0; j < W; ++j) {
+    sign[j] = T(1);
+    used[j] = j < cols ? T(1) : T(0);
+  }
+  if (S.mask.row_ids) {
+    for (int64_t j = 0; j < cols; ++j) {
+      if (S.mask.row_ids[i] != S.mask.col_ids[j0 + j]) continue;
+      (p.match_is_positive ? sign : used)[j] = p.match_is_positive ? T(-1) : T(0);
     }
-    if (S.mask.row_ids) {
-      for (int64_t j = 0; j < cols; ++j) {
-        if (S.mask.row_ids[i0 + r] != S.mask.col_ids[j0 + j]) continue;
-        (p.match_is_positive ? sign : used)[j] = p.match_is_positive ? T(1) : T(0);
+  }
+  const uint64_t lane = positive_lane(S, i, j0);
+  if (lane < uint64_t(W)) {
+    sign[lane] = T(-1);
+    used[lane] = T(1);
+  }
+  for (int v = 0; v < kVectorsPerPanel; ++v) {
+    const V z = L::load(sign + v * L::kLanes), counts = L::load(used + v * L::kLanes);
+    V s = z * (L::load(row + v * L::kLanes) * S.scale + p.bias);
+    s = counts != T(0) ? s : L::fill(-T(__builtin_inf()));
+    const V g = add_losses<T>(s, total) * z * counts;
+    total.slope += g;
+    L::store(row + v * L::kLanes, g * p.row_weight[i]);
+  }
+}
+
+// Turns a block of x^ y^T, panels [first, last), into G_ij = w_i dloss_ij/dS_ij; writes each row's loss and sum of G / w.
+template <class T>
+static void sigmoid_block(const Sigmoid<T>& p, int64_t i0, int64_t rows, int64_t first, int64_t last, T* block,
+                          double* loss, double* slope) {
+  constexpr int W = Simd<T>::kPanel;
+  for (int64_t r = 0; r < rows; ++r) {
+    RowTotal<T> total;
+    const T weight = p.row_weight[i0 + r];
+    for (int64_t panel = first; panel < last; ++panel) {
+      T* row = block + (panel - first) * rows * W + r * W;
+      const int64_t j0 = panel * W;
+      const bool plain = !p.S.mask.row_ids && j0 + W <= p.S.M && positive_lane(p.S, i0 + r, j0) >= uint64_t(W);
+      if (plain) {
+        sigmoid_plain(p, weight, row, total);
+      } else {
+        sigmoid_mixed(p, i0 + r, j0, row, total);
       }
     }
-    const uint64_t lane = positive_lane(S, i0 + r, j0);
-    if (lane < uint64_t(W)) sign[lane] = used[lane] = T(1);
-
-    V row_loss = {}, row_slope = {};
-    for (int v = 0; v < NV; ++v) {
-      const V z = L::load(sign + v * L::kLanes), weight = L::load(used + v * L::kLanes);
-      const V t = z * (L::load(row + v * L::kLanes) * S.scale + p.bias);
-      const V size = t < T(0) ? -t : t;
-      const V e = exp_minus(-size, V{});  // at most 1
-      const V below = t < T(0) ? L::fill(T(1)) : e;
-      row_loss += weight != T(0) ? (t < T(0) ? -t : V{}) + log1p(e) : V{};
-      const V g = weight != T(0) ? -z * below / (e + T(1)) : V{};  // -z sigmoid(-t)
-      row_slope += g;
-      L::store(row + v * L::kLanes, g * p.row_weight[i0 + r]);
-    }
-    loss[i0 + r] += double(sum_of_lanes<T>(row_loss));
-    slope[i0 + r] += double(sum_of_lanes<T>(row_slope));
+    loss[i0 + r] = loss_of(total);
+    slope[i0 + r] = double(sum_of_lanes<T>(total.slope));
   }
 }
 
@@ -75,12 +114,10 @@ static void sigmoid_wave(const Sigmoid<T>& p, const Wave<T>& wave, ParallelFor r
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
     // Each block of a wave has its own partial sums; they are added in order afterwards.
     double* loss = p.partial + 2 * (j - wave.j_first) * p.S.N;
-    for (int64_t r = i * kBlock; r < i * kBlock + rows; ++r) loss[r] = loss[p.S.N + r] = 0.0;
-    for (int64_t panel = j * kPanels; panel < smaller((j + 1) * kPanels, ceil_div(p.S.M, W)); ++panel) {
-      T* out = wave.block(i, j) + (panel - j * kPanels) * rows * W;
-      dot_panel(p.S, i, panel, out);
-      sigmoid_panel(p, i * kBlock, rows, panel * W, out, loss, loss + p.S.N);
-    }
+    const int64_t first = j * kPanels, last = smaller((j + 1) * kPanels, ceil_div(p.S.M, W));
+    T* block = wave.block(i, j);
+    for (int64_t panel = first; panel < last; ++panel) dot_panel(p.S, i, panel, block + (panel - first) * rows * W);
+    sigmoid_block(p, i * kBlock, rows, first, last, block, loss, loss + p.S.N);
   });
   for (int64_t j = 0; j < wave.j_last - wave.j_first; ++j) {
     const double* loss = p.partial + 2 * j * p.S.N;
@@ -93,8 +130,9 @@ static void sigmoid_wave(const Sigmoid<T>& p, const Wave<T>& wave, ParallelFor r
 
 template <class T>
 static void sigmoid(const Sigmoid<T>& p, ParallelFor run) {
-  const Gradients<T> products = {p.S, nullptr, p.S.x_rows, p.y_rows, p.S.D, nullptr, nullptr, nullptr, p.wave, p.dx, p.dy};
-  for_waves(products, [&](const Wave<T>& wave) {
+  const Gradients<T> products = {p.S,     nullptr, p.S.x_rows, nullptr,  p.S.D, nullptr,
+                                 nullptr, nullptr, p.wave,     p.y_wave, p.dx,  p.dy};
+  for_waves(products, run, [&](const Wave<T>& wave) {
     sigmoid_wave(p, wave, run);
     if (p.dx) add_dx(products, wave, run);
     if (p.dy) add_dy(products, wave, run);

@@ -1,8 +1,8 @@
 """The C++ kernels (csrc/cpu) on CPU tensors: allocates the buffers, calls the passes in order.
 
 Legend: x [N, D], y [M, D]. rows, columns: a matrix in the panels the kernels read (csrc/cpu/simd.h).
-Workspace: three packed copies of the features, 14 MiB for a wave of G, and partial sums of at most
-32 (N + M) float64. No result depends on the number of threads.
+Workspace: a packed copy of each side's features, 14 MiB for a wave of G and 1920 rows of y^, and partial sums of at
+most 32 (N + M) float64. No result depends on the number of threads.
 """
 
 import functools
@@ -20,6 +20,7 @@ BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
 # Pairs whose exponentials are kept for backward: below it, recomputing S costs more than the memory is worth.
 KEPT_ENTRIES = 1024 * 1024
+WIDEST_PANEL = 64  # of any instruction set and dtype
 
 DEVICE = "cpu"
 
@@ -40,13 +41,14 @@ def kept_elements(x: Tensor, y: Tensor) -> int:
     The packed features and the exponentials of at most KEPT_ENTRIES pairs, 4 MiB: a fixed bound, whatever N and M.
     """
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    return sum(_kept_sizes(n, m, d, _panel(x))) if n * m <= KEPT_ENTRIES else 0
+    # For the widest panels, so that a compiled graph's sizes hold on every processor.
+    return sum(_kept_sizes(n, m, d, WIDEST_PANEL)) if n * m <= KEPT_ENTRIES else 0
 
 
 def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask, kept=None):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
-    S.pack(x, y, y_columns=True, kept=kept)
+    S.pack(x, y, kept)
     return S.sums((positive.contiguous(), *_mask_args(mask)))
 
 
@@ -58,10 +60,10 @@ def similarity_sums_backward(
     if kept is not None and is_one_shift(row_shift, col_shift):
         S.take(kept)
     else:
-        S.pack(x, y, y_rows=True, y_columns=True)
+        S.pack(x, y)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.entries, S.x, S.y_rows, S.d, *weights, S.wave(), dx, dy)
+    rest = (S.entries, S.x, S.nothing, S.d, *weights, *S.wave(dx), dx, dy)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args(mask), *shifts, *rest)
     return S.gradients(x, y, scale, dx, dy, needs)
 
@@ -71,11 +73,11 @@ def similarity_products(
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract: ops.py."""
     S, V = _Similarity(x, y, scale, normalize), _Similarity(x_values, y_values, scale, False)
-    S.pack(x, y, y_columns=True)
-    V.pack(x_values, y_values, y_rows=True)
+    S.pack(x, y)
+    y_rows = V.pack_rows(x_values, y_values)
     by_row, by_col = V.accumulators([True, True])
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.entries, V.x, V.y_rows, V.d, *weights, S.wave(), by_row, by_col)
+    rest = (S.entries, V.x, y_rows, V.d, *weights, S.wave(S.nothing)[0], S.nothing, by_row, by_col)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args((None,) * 4), *shifts, *rest)
     return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
@@ -83,14 +85,14 @@ def similarity_products(
 def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask, match_is_positive):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
-    S.pack(x, y, y_rows=any(needs), y_columns=True)
+    S.pack(x, y)
     dx, dy = S.accumulators(needs)
     partial = torch.empty(2 * WAVE_BLOCKS * S.n, dtype=torch.float64)
     loss, slope = torch.zeros(S.n, dtype=torch.float64), torch.zeros(S.n, dtype=torch.float64)
     ids = _mask_args(mask)[:2]
     _ops().sigmoid(
-        *S.args(), positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(), S.y_rows,
-        S.wave(), partial, loss, slope, dx, dy,
+        *S.args(), positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(),
+        *S.wave(dx), partial, loss, slope, dx, dy,
     )  # fmt: skip
     grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
     return loss.to(S.x.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
@@ -99,7 +101,7 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
-    S.pack(x, y, y_columns=True)
+    S.pack(x, y)
     scores = S.x.new_empty(len(rows))
     _ops().pair_scores(*S.args(), rows.contiguous(), cols.contiguous(), scores)
     thresholds = [
@@ -120,26 +122,31 @@ class _Similarity:
         self.n, self.m, self.d = len(x), len(y), x.shape[1]
         self.width = _padded(self.d, self.panel)
         self.scale, self.normalize = float(scale), normalize
-        self.y_columns = self.y_rows = self.entries = torch.empty(0, dtype=self.dtype)
+        self.nothing = self.entries = self._empty(0)
+        self.x_length, self.y_length = self._empty(self.n), self._empty(self.m)
 
-    def pack(
-        self, x: Tensor, y: Tensor, *, y_rows: bool = False, y_columns: bool = False, kept: Tensor | None = None
-    ) -> None:
-        """Fill the layouts that are wanted; kept: room for them and for the exponentials, to be taken in backward."""
+    def pack(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
+        """Normalise and lay out; in `kept`, beside room for the exponentials, what backward shall take."""
         if kept is None:
-            self.x, self.x_length, self.y_length = map(self._empty, (self.n * self.width, self.n, self.m))
-            self.y_rows = self._empty(self.m * self.width if y_rows else 0)
+            self.x, self.y_columns = self._empty(self.n * self.width), self._empty(_padded(self.m, self.panel) * self.d)
         else:
             self.take(kept)
-        if y_columns:
-            self.y_columns = self._empty(_padded(self.m, self.panel) * self.d)
-        sides = (self.x_length, self.x, self.y_length, self.y_rows, self.y_columns)
+        self._pack(x, y, self.nothing, self.y_columns)
+
+    def pack_rows(self, x: Tensor, y: Tensor) -> Tensor:
+        """Both sides laid out in rows; returns y's."""
+        self.x, y_rows = self._empty(self.n * self.width), self._empty(self.m * self.width)
+        self._pack(x, y, y_rows, self.nothing)
+        return y_rows
+
+    def _pack(self, x: Tensor, y: Tensor, y_rows: Tensor, y_columns: Tensor) -> None:
+        sides = (self.x_length, self.x, self.y_length, y_rows, y_columns)
         _ops().pack(_rows_contiguous(x), _rows_contiguous(y), self.normalize, *sides)
 
     def take(self, kept: Tensor) -> None:
         """The buffers that lie one after the other in `kept`."""
         sizes = _kept_sizes(self.n, self.m, self.d, self.panel)
-        self.entries, self.x, self.y_rows, self.x_length, self.y_length = kept.split(sizes)
+        self.entries, self.x, self.y_columns = kept[: sum(sizes)].split(sizes)
 
     def args(self) -> tuple:
         return self.x, self.y_columns, self.n, self.m, self.d, self.scale
@@ -173,9 +180,10 @@ class _Similarity:
         col_groups = min(MAX_GROUPS, -(-self.m // GROUP_COLUMNS))
         return torch.empty(col_groups * self.n, dtype=dtype), torch.empty(row_groups * self.m, dtype=dtype)
 
-    def wave(self) -> Tensor:
-        """Room for one wave of G."""
-        return self.x.new_empty(_ops().wave_elements(self.n, self.m))
+    def wave(self, dx: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for one wave of G, and for the rows of y^ that dx takes from it."""
+        elements = _ops().y_wave_elements(self.m, self.d, self.dtype == torch.float64) if dx.numel() else 0
+        return self._empty(_ops().wave_elements(self.n, self.m)), self._empty(elements)
 
     def accumulators(self, needs: list[bool]) -> tuple[Tensor, Tensor]:
         """Zeros for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
@@ -185,8 +193,8 @@ class _Similarity:
     def gradients(self, x, y, scale, dx, dy, needs) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y and scale from the accumulated products."""
         x_side, y_side = self._side(dx, x, needs[0]), self._side(dy, y, needs[1])
-        rows = (self.x, self.x_length, dx, *x_side), (self.y_rows, self.y_length, dy, *y_side)
-        _ops().finish(self.d, self.scale, self.normalize, *rows[0], *rows[1])
+        sides = (_rows_contiguous(x), dx, *x_side, _rows_contiguous(y), dy, *y_side)
+        _ops().finish(self.scale, self.normalize, *sides)
         (grad_x, inner), (grad_y, _) = x_side, y_side
         return grad_x, grad_y, inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
 
@@ -198,9 +206,8 @@ class _Similarity:
 
 
 def _kept_sizes(n: int, m: int, d: int, panel: int) -> list[int]:
-    """Elements of the exponentials, x^, y^ and the two sets of lengths (csrc/cpu/problem.h, Sums)."""
-    width = _padded(d, panel)
-    return [n * _padded(m, panel), n * width, m * width, n, m]
+    """Elements of the exponentials, of x^ and of y^ (csrc/cpu/problem.h, Sums)."""
+    return [n * _padded(m, panel), n * _padded(d, panel), _padded(m, panel) * d]
 
 
 def _padded(count: int, panel: int) -> int:
