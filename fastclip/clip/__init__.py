@@ -11,6 +11,7 @@ from fastclip.clip.config import (
     VitConfig,
 )
 from fastclip.clip.convert import CheckpointMismatchError
+from fastclip.clip.convert_config import to_openclip as openclip_config
 from fastclip.clip.model import Clip
 from fastclip.clip.zoo import create_model, list_models, model_config
 
@@ -30,5 +31,6 @@ __all__ = [
     "list_models",
     "load",
     "model_config",
+    "openclip_config",
     "save",
 ]

@@ -67,7 +67,7 @@ def export_openclip(model: Clip) -> dict[str, torch.Tensor]:
     """A copy of the weights under OpenCLIP's names, for load_state_dict(strict=True) of the same model there.
 
     open_clip.create_model("ViT-B-32") is the model of create_model("ViT-B/32"); "-quickgelu" goes with quick_gelu. Any
-    other is open_clip.CLIP(**to_openclip(model.config)). ValueError for a model that OpenCLIP cannot build.
+    other is open_clip.CLIP(**openclip_config(model.config)). ValueError for a model that OpenCLIP cannot build.
     """
     to_openclip(model.config)
     state = OPENCLIP.to(model.state_dict())

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 
 def call(module: nn.Module, *args: object, recomputed: bool) -> torch.Tensor:
     """module(*args), its activations kept or `recomputed`. The result and the module's state are the same."""
     if not (recomputed and torch.is_grad_enabled()):
         return module(*args)
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    contexts = (lambda: (nullcontext(), _statistics_kept(norms))) if norms else noop_context_fn
     # Nothing random happens inside the towers' blocks, so there is no generator to put back.
-    return checkpoint(module, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    again = partial(checkpoint, module, *args, use_reentrant=False, preserve_rng_state=False)
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    # A compiled graph writes its buffers once, however often it computes a value.
+    if not norms or torch.compiler.is_compiling():
+        return again()
+    return again(context_fn=lambda: (nullcontext(), _statistics_kept(norms)))
 
 
 @contextmanager
