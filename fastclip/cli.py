@@ -8,17 +8,20 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Any, Union
 
 import tyro
 
 from fastclip.commands.demo import Demo
 from fastclip.commands.env import Env
 from fastclip.commands.search import Search
+from fastclip.commands.train import Train
 from fastclip.commands.tune import Tune
 from fastclip.errors import UserError
 
 COMMANDS = {
     "demo": Demo,
+    "train": Train,
     "search": Search,
     "env": Env,
     "tune": Tune,
@@ -33,9 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Huge pages for large tensors: without them page faults slow each training step (Linux; torch reads this
     # at its first allocation).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="fastclip", args=arguments)
     try:
-        command.run()
+        parse(sys.argv[1:] if arguments is None else arguments).run()
     except KeyboardInterrupt:
         fail("interrupted", 130)
     except (UserError, OSError) as error:
@@ -46,6 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
         fail("out of memory; lower --batch")
+
+
+def parse(arguments: Sequence[str]) -> Any:
+    """The command that the arguments name. A command with a `defaults` method makes its own, from a file perhaps."""
+    each = []
+    for name, command in COMMANDS.items():
+        chosen = name in arguments[:1] and hasattr(command, "defaults")
+        given = {"default": command.defaults(arguments[1:])} if chosen else {}
+        each.append(Annotated[command, tyro.conf.subcommand(name, **given)])
+    return tyro.cli(Union[tuple(each)], prog="fastclip", args=arguments)  # noqa: UP007 (made at run time)
 
 
 def fail(message: str, code: int = 1) -> None:

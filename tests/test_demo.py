@@ -23,11 +23,10 @@ from fastclip.errors import UserError
 from fastclip.train import demo as demo_module
 from fastclip.train import search as search_module
 from fastclip.train.checkpoint import load_model
-from fastclip.train.config import DemoConfig, TrainConfig
+from fastclip.train.config import DemoConfig
 from fastclip.train.evaluate import confusion_matrix, ties
 from fastclip.train.search import search
 from fastclip.train.summary import recalls
-from fastclip.train.trainer import learning_rate
 
 FACES = ("DejaVuSansDisplay", "STIXGeneralItalic", "STIXGeneralBolIta")
 HELD_OUT = ("STIXGeneralBolIta",)
@@ -256,10 +255,3 @@ def test_recalls_of_all_of_new_and_against_ties():
 def test_confusion_matrix_is_truth_by_answer():
     matrix = confusion_matrix(torch.tensor([0, 0, 2]), torch.tensor([0, 1, 2]), 3)
     assert matrix.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1]]
-
-
-def test_learning_rate_rises_then_falls_to_nearly_zero():
-    config = TrainConfig(steps=100, batch=8, learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate(step, config) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[9] == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 0.001

@@ -1,27 +1,275 @@
-"""A trained model as a folder: weights in safetensors, configuration and tokenizer in JSON. Never pickle.
+"""Checkpoints of a run: written whole or not at all, checked before they are read, never unpickled.
 
-model.safetensors is written last: a folder that has it has the rest.
+    RUN/checkpoints/step-00000100/
+        manifest.json        the step, the number of processes, and each file's size and SHA-256; written last
+        counters.json        steps, samples, skips, loss scaling, and the configuration
+        model.safetensors, config.json, tokenizer.json      the weights: a model folder, to load as any other
+        state.safetensors    moments of the optimiser, average of the weights
+        shard-00001-*        in place of the two .safetensors files, one a process, where the model is sharded
+        process-0.pt ...     each process's random generators and its place in the data (torch.load, weights_only)
+
+A checkpoint grows in a folder whose name begins with a dot, is flushed to the disk, and is renamed: a kill at any
+moment leaves the previous ones as they were. All processes share the file system.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed import checkpoint as sharded
+from torch.distributed.tensor import DTensor
 
+from fastclip import clip
 from fastclip.clip.config import ClipConfig
 from fastclip.clip.model import Clip
-from fastclip.clip.tokenizer import BpeTokenizer
+from fastclip.clip.sources import CONFIG
+from fastclip.clip.tokenizer import FILE as TOKENIZER
+from fastclip.clip.tokenizer import Tokenizer, load_tokenizer
 from fastclip.data.cache import write_atomic
 from fastclip.errors import UserError
+from fastclip.train.parallel import World
+from fastclip.train.state import TrainState, random_state, set_random_state
 
-CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
+FOLDER, MANIFEST, COUNTERS, WEIGHTS, STATE = (
+    "checkpoints",
+    "manifest.json",
+    "counters.json",
+    "model.safetensors",
+    "state.safetensors",
+)
+FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is damaged, or that belongs to another model; the message names it and what is wrong."""
+
+
+def write(
+    run: Path,
+    state: TrainState,
+    loader: Any,
+    world: World,
+    config: dict[str, Any],
+    describe: Callable[[Path], None],
+    keep: int,
+) -> Path:
+    """Write RUN/checkpoints/step-N and remove all but the newest `keep`. Every process calls it.
+
+    `describe` writes config.json and tokenizer.json into the folder it is given; `config` is the run's
+    configuration. UserError when the disk is full or not writable.
+    """
+    final = run / FOLDER / f"step-{state.step:08d}"
+    # One process answers for all: another might look after the first has renamed.
+    if world.from_first(final.is_dir()):
+        return final
+    growing = final.with_name(f".{final.name}")
+    with explained(growing):
+        if world.first:
+            shutil.rmtree(growing, ignore_errors=True)
+            growing.mkdir(parents=True)
+            save_json(growing / COUNTERS, {"counters": state.counters(), "config": config})
+            describe(growing)
+        world.barrier()
+
+        world.share(state.model.buffers())
+        save_state(growing, state, world)
+        own = {"random": random_state(world.device), "loader": loader.state_dict()}
+        # Through memory: torch.save to a full disk raises an error about its own bookkeeping.
+        data = io.BytesIO()
+        torch.save(own, data)
+        (growing / f"process-{world.rank}.pt").write_bytes(data.getbuffer())
+        world.barrier()
+
+        # The hashing is shared out: a large model's is minutes for one process.
+        files = sorted(path for path in growing.iterdir())
+        parts = world.gather({path.name: seal(path) for path in files[world.rank :: world.size]})
+        if world.first:
+            listed = {name: entry for part in parts for name, entry in part.items()}
+            manifest = {"format": FORMAT, "step": state.step, "processes": world.size, "files": listed}
+            save_json(growing / MANIFEST, manifest)
+            flush_folder(growing)
+            os.rename(growing, final)
+            flush_folder(final.parent)
+            prune(run, keep)
+        world.barrier()
+    return final
+
+
+def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
+    """Put `state`, `loader` and the random generators back to where `write` found them. Every process calls it.
+
+    True if the run goes on exactly. With another number of processes, False: weights, moments and counters are those
+    of the checkpoint, the random numbers are not. CheckpointError when it does not fit the model.
+    """
+    manifest = load_json(folder / MANIFEST)
+    tensors = {**state.weights(), **state.moments()}
+    stored = sharded.HuggingFaceStorageReader(str(folder))
+    check_names(folder, tensors, stored)
+    sharded.load(tensors, storage_reader=stored, no_dist=world.group is None)
+    state.load_counters(load_json(folder / COUNTERS)["counters"])
+    if manifest["processes"] != world.size:
+        return False
+    own = torch.load(folder / f"process-{world.rank}.pt", weights_only=True)
+    loader.load_state_dict(own["loader"])
+    set_random_state(own["random"], world.device)
+    return True
+
+
+def newest(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest sound checkpoint of `run`, None if it has none at all.
+
+    Damaged ones are named and passed over. CheckpointError if all are damaged.
+    """
+    found = sorted((run / FOLDER).glob("step-*"), reverse=True)
+    for folder in found:
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            say(f"warning: {error}; trying the one before it")
+        else:
+            return folder
+    if found:
+        raise CheckpointError(f"no sound checkpoint in {run / FOLDER}: all {len(found)} are damaged")
+    return None
+
+
+def verify(folder: Path) -> None:
+    """CheckpointError unless every file is there, of the size and with the SHA-256 that the manifest names."""
+    try:
+        manifest = load_json(folder / MANIFEST)
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(f"checkpoint {folder}: format {manifest['format']}, this version reads {FORMAT}")
+        for name, entry in files.items():
+            size = (folder / name).stat().st_size
+            if size != entry["bytes"]:
+                raise CheckpointError(f"checkpoint {folder}: {name} has {size} bytes, {entry['bytes']} were written")
+        for name, entry in files.items():
+            if digest(folder / name) != entry["sha256"]:
+                raise CheckpointError(f"checkpoint {folder}: {name} is not what was written (SHA-256)")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"checkpoint {folder}: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be read: {error}") from error
+
+
+def save_state(folder: Path, state: TrainState, world: World) -> None:
+    """The tensors: one file a process where they are sharded, else two files by the first process."""
+    weights, moments = contiguous(state.weights()), contiguous(state.moments())
+    if any(isinstance(tensor, DTensor) for tensor in weights.values()):
+        writer = sharded.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        sharded.save({**weights, **moments}, storage_writer=writer)
+    elif world.first:
+        from safetensors.torch import save_file
+
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+        save_file(moments, folder / STATE)
+
+
+def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def check_names(folder: Path, tensors: dict[str, torch.Tensor], stored: sharded.HuggingFaceStorageReader) -> None:
+    """CheckpointError unless the stored tensors are `tensors`, by name and shape."""
+    there = {name: tuple(entry.size) for name, entry in stored.read_metadata().state_dict_metadata.items()}
+    here = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if missing := sorted(here.keys() - there.keys()):
+        raise CheckpointError(f"checkpoint {folder} belongs to another model or optimiser: it has no {missing[0]}")
+    if extra := sorted(there.keys() - here.keys()):
+        raise CheckpointError(f"checkpoint {folder} belongs to another model or optimiser: it has {extra[0]}")
+    for name, shape in here.items():
+        if there[name] != shape:
+            raise CheckpointError(
+                f"checkpoint {folder} belongs to another model: {name} has shape {there[name]}, expected {shape}"
+            )
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what kills have left behind."""
+    old = sorted((run / FOLDER).glob("step-*"))[:-keep]
+    for folder in old:
+        # First out of sight, so that a kill in between leaves no half checkpoint that looks whole.
+        os.rename(folder, folder.with_name(f".{folder.name}"))
+    for leftover in (run / FOLDER).glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """What the libraries raise when a disk is full or not writable becomes a UserError, and the half folder goes."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, sharded.CheckpointException) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        raise UserError(f"cannot write a checkpoint into {folder.parent}: {reason}; earlier ones are whole") from error
+
+
+def seal(path: Path) -> dict[str, int | str]:
+    """Flush a file to the disk; its entry in the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, a piece at a time."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a folder's new and renamed entries durable (POSIX; elsewhere folders cannot be opened)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of the run that wrote the checkpoint."""
+    return load_json(folder / COUNTERS)["config"]
+
+
+def describe_model(folder: Path, config: ClipConfig, tokenizer: Tokenizer) -> None:
+    """config.json and tokenizer.json, each all or nothing."""
+    save_json(folder / CONFIG, config.to_dict())
+    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.to_json().encode()))
+
+
+def save_model_folder(folder: Path, config: ClipConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:
+    """A model folder: configuration, tokenizer and, last, the weights, each all or nothing."""
+    from safetensors.torch import save
+
+    data = save(contiguous(weights), {"format": "pt"})
+    describe_model(folder, config, tokenizer)
+    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
 
 
 def save_json(path: Path, values: object) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -31,29 +279,16 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
     write_atomic(path, lambda file: file.write(data))
 
 
-def save_model(folder: Path, model: Clip, tokenizer: BpeTokenizer) -> None:
-    """Write the three files into `folder`, each all or nothing."""
-    save_json(folder / CONFIG, model.config.to_dict())
-    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.to_json().encode()))
-    save_tensors(folder / WEIGHTS, model.state_dict())
-
-
-def load_model(folder: Path) -> tuple[Clip, BpeTokenizer]:
+def load_model(folder: Path) -> tuple[Clip, Tokenizer]:
     """The model in evaluation mode, and its tokenizer. UserError when there is none, or it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     if not (folder / WEIGHTS).is_file():
         raise UserError(
             f"no checkpoint in {folder}: {WEIGHTS} is missing; make one with `fastclip demo --out {folder}`"
         )
     try:
-        config = ClipConfig.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-        tokenizer = BpeTokenizer.load(folder / TOKENIZER, config.text.context)
-        model = Clip(config)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        model = clip.load(folder)
+        return model, load_tokenizer(folder, model.config.text.context)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the checkpoint in {folder} cannot be read: {reason}") from error
-    return model.eval(), tokenizer

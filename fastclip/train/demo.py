@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,34 @@ from fastclip.clip.config import ClipConfig, ConvConfig, TextConfig
 from fastclip.clip.model import Clip
 from fastclip.clip.tokenizer import BpeTokenizer
 from fastclip.data.augment import Augment
+from fastclip.data.batch import Batch
 from fastclip.data.digits import WORDS, load_digit_scans
 from fastclip.data.glyphs import load_glyphs
 from fastclip.data.pairs import UniqueCaptions
 from fastclip.env import processor
 from fastclip.errors import UserError
-from fastclip.train import report
-from fastclip.train.checkpoint import save_json, save_model
-from fastclip.train.config import DemoConfig, TrainConfig
+from fastclip.train import report, settings
+from fastclip.train.checkpoint import save_json, save_model_folder
+from fastclip.train.config import (
+    DemoConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from fastclip.train.curves import draw_curves
 from fastclip.train.evaluate import classify, confusion_matrix, encode
+from fastclip.train.log import RunLog
+from fastclip.train.loop import fit
 from fastclip.train.memory import memory
+from fastclip.train.parallel import processes
 from fastclip.train.progress import Progress
+from fastclip.train.schedule import make_schedule
 from fastclip.train.search import INDEX, Index
+from fastclip.train.step import TrainStep
 from fastclip.train.summary import retrieval, summary
-from fastclip.train.trainer import train
+from fastclip.train.towers import make_encode
+from fastclip.train.trainer import claim, make_state, say
 
 MODEL = ClipConfig(
     embed_dim=256,
@@ -72,31 +86,31 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     names = [glyphs.names[i] for i in np.unique(training.name_of)]
     tokenizer = BpeTokenizer.train(names, MODEL.text.vocabulary, MODEL.text.context)
     model = Clip(replace(MODEL, text=replace(MODEL.text, vocabulary=len(tokenizer))))
-    model = model.to(memory_format=torch.channels_last)
     say(
         f"{len(training):,} pictures of {len(names):,} names in {len(np.unique(training.face_of))} faces to "
         f"train on; never trained on: {', '.join(config.faces_held_out)}."
     )
 
     ids = tokenizer(glyphs.names)
-    augment, noise = Augment(), torch.Generator().manual_seed(config.seed)
-
-    def draw() -> tuple[torch.Tensor, torch.Tensor]:
-        images, numbers = batches.draw()
-        return augment(images, noise), ids[numbers]
-
-    settings = TrainConfig(steps=config.steps, batch=config.batch, seed=config.seed)
+    distorted = Distorted(batches, ids, config.seed)
+    training_config = TrainConfig(
+        batch=config.batch,
+        seed=config.seed,
+        optimizer=OptimizerConfig(learning_rate=2.5e-3, weight_decay=0.05, betas=(0.9, 0.98), scale_rate=10.0, skips=0),
+        schedule=ScheduleConfig(steps=config.steps, warmup=0.1),
+        log=LogConfig(every=1, accuracy_every=5),
+    )
     weights = sum(weight.numel() for weight in model.parameters())
     say(f"Training {weights:,} weights, {config.steps} steps of {config.batch:,} pairs. Ctrl-C stops early.")
     prepared = time.perf_counter()
-    with Progress(config.steps, config.batch) as progress:
-        history = train(model, draw, settings, progress)
+    log, stopped = fit_model(model, distorted, training_config)
     trained = time.perf_counter()
-    if history.interrupted:
-        say(f"Stopped by Ctrl-C after {len(history.loss)} steps; evaluating what is there.")
+    steps = len(log.records)
+    if stopped:
+        say(f"Stopped by Ctrl-C after {steps} steps; evaluating what is there.")
 
     model.eval()
-    save_model(config.out, model, tokenizer)
+    save_model_folder(config.out, model.config, tokenizer, model.state_dict())
     say("Evaluating ...")
     index = Index.build(model, glyphs, config.faces_held_out)
     index.save(config.out / INDEX)
@@ -106,7 +120,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     matrix = confusion_matrix(digits, classify(model, tokenizer, scans, PROMPTS), len(WORDS)).numpy()
     accuracy = matrix.trace() / matrix.sum()
 
-    report.loss_curve(history, config.batch, config.out / "loss.png")
+    title = f"Pictures of characters and their names: {steps} steps in {trained - prepared:.0f} s"
+    draw_curves(log.records, config.batch, config.out / "loss.png", title + stopped * ", stopped by Ctrl-C")
     answers = [(query, index.find(encode(model.encode_text, tokenizer(query))[0], 8)) for query in QUERIES]
     among = f"{len(index.glyphs):,} pictures of {len(glyphs.names):,} characters"
     report.gallery(answers, config.out / "gallery.png", f"Asked in words, found among {among}")
@@ -115,8 +130,8 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     ended = time.perf_counter()
 
     results = {
-        "steps": len(history.loss),
-        "interrupted": history.interrupted,
+        "steps": steps,
+        "interrupted": stopped,
         "faces_held_out": list(config.faces_held_out),
         "training": {"pictures": len(training), "names": len(names)},
         "retrieval": faces,
@@ -135,9 +150,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         },
         "settings": {
             "demo": {**asdict(config), "out": str(config.out)},
-            "train": asdict(settings),
+            "train": settings.to_dict(training_config),
             "model": model.config.to_dict(),
-            "augment": asdict(augment),
+            "augment": asdict(distorted.augment),
         },
         "machine": {
             "processor": processor(),
@@ -145,23 +160,37 @@ def demo(config: DemoConfig) -> dict[str, Any]:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "history": {"loss": history.loss, "scale": history.scale, "accuracy": history.accuracy},
+        "history": {
+            "loss": [record["loss"] for record in log.records],
+            "scale": [record["scale"] for record in log.records],
+            "accuracy": [(i, record["accuracy"]) for i, record in enumerate(log.records) if "accuracy" in record],
+        },
     }
     save_json(config.out / "metrics.json", results)
     say(summary(results, config))
     return results
 
 
-def claim(folder: Path) -> None:
-    """Make `folder` and prove that it can be written, before minutes are spent."""
-    probe = folder / ".fastclip-probe"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+class Distorted:
+    """Batches of pairs with different captions, their pictures distorted at random; an epoch never ends."""
+
+    def __init__(self, pairs: UniqueCaptions, ids: torch.Tensor, seed: int) -> None:
+        self.pairs, self.ids, self.augment = pairs, ids, Augment()
+        self.noise = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            images, numbers = self.pairs.draw()
+            yield Batch(self.augment(images, self.noise), self.ids[numbers])
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def fit_model(model: Clip, batches: Distorted, config: TrainConfig) -> tuple[RunLog, bool]:
+    """Train with the trainer's own loop, on the CPU and without checkpoints; whether Ctrl-C ended it early."""
+    with processes("cpu") as world:
+        state = make_state(model, config, world)
+        schedule = make_schedule(config.schedule, config.batch, None)
+        step = TrainStep(state, make_encode(model, config, world), schedule, config, world)
+        with Progress(schedule.steps) as progress:
+            log = RunLog(config, world, progress)
+            stopped = fit(step, batches, config, log)
+    return log, bool(stopped)

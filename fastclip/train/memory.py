@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import sys
 
+import torch
+
 # What cross_entropy(S) + cross_entropy(S.T) holds at its peak.
 DENSE_MATRICES = 4
 DENSE_COUNTS = "4 float32 N x N matrices: logits, two log-softmaxes, one gradient"
 
 
-def peak_mib() -> float:
-    """Highest resident memory of this process so far, MiB; 0.0 where the system does not tell (Windows)."""
+def peak_mib(device: torch.device | None = None) -> float:
+    """Highest memory of this process so far, MiB: torch's on a GPU, else what is resident.
+
+    0.0 where the system does not tell (Windows).
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
     except ImportError:

@@ -6,50 +6,55 @@ import sys
 import time
 from typing import TextIO
 
-from fastclip.train.trainer import History
-
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left{postfix}]"
 
 
 class Progress:
-    """Call it with the History after each step; use as a context manager."""
+    """Call it with the step done and a text about it; a context manager.
 
-    def __init__(self, steps: int, batch: int, stream: TextIO | None = None, every_seconds: float = 5.0) -> None:
-        self.steps, self.batch, self.every = steps, batch, every_seconds
+    `begin`: steps done by an earlier run. `shown`: False in all processes but one.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        begin: int = 0,
+        shown: bool = True,
+        stream: TextIO | None = None,
+        every_seconds: float = 5.0,
+    ) -> None:
+        self.steps, self.begin, self.shown, self.every = steps, begin, shown, every_seconds
         self.stream = stream or sys.stderr
         self.bar = None
         self.printed = -float("inf")
 
     def __enter__(self) -> Progress:
-        if self.stream.isatty():
+        self.started = time.monotonic()
+        if self.shown and self.stream.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.steps, file=self.stream, dynamic_ncols=True, bar_format=BAR)
+            shown = {"file": self.stream, "dynamic_ncols": True, "bar_format": BAR}
+            self.bar = tqdm(total=self.steps, initial=self.begin, **shown)
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
-    def __call__(self, history: History) -> None:
+    def __call__(self, done: int, text: str) -> None:
         if self.bar is not None:
-            self.bar.set_postfix_str(self.describe(history), refresh=False)
-            self.bar.update()
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(done - self.bar.n)
             return
-        now, done = time.monotonic(), len(history.loss)
+        now = time.monotonic()
         if now - self.printed >= self.every or done == self.steps:
             self.printed = now
-            left = history.seconds / done * (self.steps - done)
-            print(
-                f"step {done}/{self.steps} {self.describe(history)}, {left:.0f} s left",
-                file=self.stream,
-                flush=True,
-            )
+            left = (now - self.started) / max(1, done - self.begin) * (self.steps - done)
+            print(f"step {done}/{self.steps} {text}, {left:.0f} s left", file=self.stream, flush=True)
 
-    def describe(self, history: History) -> str:
-        accuracy = history.accuracy[-1][1] if history.accuracy else 0.0
-        speed = len(history.loss) * self.batch / history.seconds
-        return (
-            f"loss {history.loss[-1]:.3f}, scale {history.scale[-1]:.1f}, accuracy {accuracy:.0%}, "
-            f"{speed:,.0f} samples/s"
-        )
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastclip.data.cache import write_atomic
-from fastclip.train.trainer import History
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,51 +43,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     write_atomic(path, lambda file: figure.savefig(file, format="png"))
-
-
-def loss_curve(history: History, batch: int, path: Path) -> None:
-    """Loss (left) with chance ln(batch), in-batch accuracy (right) and the logit scale below."""
-    figure = new_figure(8, 5.6)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    steps = np.arange(1, len(history.loss) + 1)
-    marker = "o" if len(steps) < 20 else None
-    top.plot(steps, history.loss, color=ACCENT, marker=marker, markersize=4)
-    top.axhline(np.log(batch), color=SOFT, linestyle=":", linewidth=1)
-    top.annotate(
-        f"chance: ln {batch:,}",
-        (1, np.log(batch)),
-        (0, -4),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        color=SOFT,
-        fontsize=9,
-    )
-    top.set_ylabel("contrastive loss", color=ACCENT)
-    top.set_ylim(bottom=0)
-    right = top.twinx()
-    if history.accuracy:
-        at, accuracy = np.array(history.accuracy).T
-        right.plot(at + 1, 100 * accuracy, color=WARM, marker=marker, markersize=4)
-    right.set_ylim(0, 100)
-    right.set_ylabel("right pair found in the batch, %", color=WARM)
-    bottom.plot(steps, history.scale, color=INK, marker=marker, markersize=4)
-    bottom.set_ylabel("logit scale")
-    bottom.set_xlabel(f"step ({batch:,} pairs each)")
-    bottom.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (top, right, bottom):
-        axes.spines["top"].set_visible(False)
-        axes.margins(x=0.01)
-    stopped = ", stopped by Ctrl-C" if history.interrupted else ""
-    figure.suptitle(
-        f"Pictures of characters and their names: {len(steps)} steps in {history.seconds:.0f} s{stopped}",
-        fontsize=12,
-        fontweight="bold",
-        color=INK,
-    )
-    figure.tight_layout()
-    save_figure(figure, path)
 
 
 def gallery(rows: Sequence[tuple[str, Sequence[Found]]], path: Path, title: str) -> None:

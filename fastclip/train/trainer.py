@@ -1,122 +1,171 @@
-"""The training loop."""
+"""A training run, from its configuration to its folder."""
 
 from __future__ import annotations
 
-import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from fastclip import clip_loss
 from fastclip.clip.model import Clip
+from fastclip.clip.tokenizer import Tokenizer
+from fastclip.data.cache import write_atomic
+from fastclip.data.loader import Loader
 from fastclip.errors import UserError
+from fastclip.train import checkpoint, parts, settings
 from fastclip.train.config import TrainConfig
+from fastclip.train.curves import draw_curves
+from fastclip.train.evaluate_hook import Evaluation
+from fastclip.train.flops import training_flops
+from fastclip.train.log import METRICS, RunLog
+from fastclip.train.loop import fit
+from fastclip.train.optimizer import Average, make_optimizer
+from fastclip.train.parallel import World, full_tensor, processes, restarted
+from fastclip.train.progress import Progress
+from fastclip.train.schedule import make_schedule
+from fastclip.train.state import TrainState, seed_everything
+from fastclip.train.step import TrainStep
+from fastclip.train.towers import make_encode, prepare
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+CONFIG, CURVES, AVERAGE = "config.toml", "curves.png", "ema"
 
 
-@dataclass
-class History:
-    """One entry a step; `accuracy` every few steps only, as (step, accuracy). `seconds`: the whole time."""
+def train(config: TrainConfig) -> int:
+    """Run `config`. Returns 0, or the number of the signal that stopped it after writing a checkpoint.
 
-    loss: list[float] = field(default_factory=list)
-    scale: list[float] = field(default_factory=list)
-    accuracy: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    interrupted: bool = False
-
-
-def train(
-    model: Clip,
-    draw: Callable[[], Batch],
-    config: TrainConfig,
-    report: Callable[[History], None] = lambda history: None,
-) -> History:
-    """Train `model` in place on `config.steps` batches from `draw()`: images [N, C, S, S], token ids [N, L].
-
-    `report` is called after each step. The first Ctrl-C ends the loop after the step in progress; a second
-    raises KeyboardInterrupt. UserError when the loss is not finite.
+    UserError for what the user can put right: settings, data, checkpoints, folders, memory.
     """
-    optimizer = make_optimizer(model, config)
-    history = History()
-    began = time.perf_counter()
-    model.train()
-    with stop_on_interrupt() as interrupted:
-        for step in range(config.steps):
-            set_learning_rate(optimizer, learning_rate(step, config))
-            images, ids = draw()
-            wanted = step % config.stats_every == 0 or step == config.steps - 1
-            result = clip_loss(*model(images, ids), return_stats=wanted)
-            loss, stats = result if wanted else (result, None)
-            if not math.isfinite(loss.item()):
-                raise UserError(
-                    f"the loss became {loss.item()} at step {step + 1} "
-                    f"(logit scale {model.logit_scale.item():.1f}); lower the learning rate"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            model.clamp_scale(config.highest_scale)
+    config.check()
+    with processes(config.device) as world:
+        set_up(config, world)
+        begin_from = world.decided(lambda: claim_run(config))
 
-            history.loss.append(loss.item())
-            history.scale.append(model.logit_scale.item())
-            if stats is not None:
-                accuracy = 0.5 * (stats.image_accuracy + stats.text_accuracy)
-                history.accuracy.append((step, accuracy.item()))
-            history.seconds = time.perf_counter() - began
-            report(history)
-            if interrupted():
-                history.interrupted = True
-                break
-    return history
+        seed_everything(config.seed, 0)  # the same weights in every process
+        model, tokenizer = parts.make_model(config, parts.training_data(config))
+        batches = parts.training_batches(config, model, tokenizer, world)
+        held_out = parts.held_out_batches(config, model, tokenizer, world)
+        flops = training_flops(model, config) if config.log.peak_tflops is not None else None
+        state = make_state(model, config, world)
+        schedule = make_schedule(config.schedule, config.batch, batches.steps_per_epoch)
+        seed_everything(config.seed, world.rank)  # other dropout in each
+
+        run = Run(config, world, state, batches, tokenizer)
+        if begin_from is not None:
+            run.resume(begin_from)
+        weights = sum(weight.numel() for weight in model.parameters())
+        world.say(f"Training {weights:,} weights, {schedule.steps - state.step} steps of {config.batch:,} pairs.")
+        with Progress(schedule.steps, state.step, shown=world.first) as progress:
+            log = RunLog(config, world, progress, config.out, flops)
+            step = TrainStep(state, make_encode(model, config, world), schedule, config, world)
+            evaluate = held_out and Evaluation(state, held_out, config, world)
+            stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
+            log.close()
+        if stopped:
+            world.say(f"Stopped by a signal after step {state.step}; --resume latest goes on from there.")
+        else:
+            run.finish(log)
+        return stopped
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Linear warm-up over the first `warmup` of the steps, then half a cosine down to zero."""
-    warm = max(1, round(config.warmup * config.steps))
-    if step < warm:
-        return config.learning_rate * (step + 1) / warm
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+def set_up(config: TrainConfig, world: World) -> None:
+    """Threads and number formats. UserError for a batch that the processes cannot share."""
+    if config.batch % world.size or config.batch // world.size < 1:
+        raise UserError(f"--batch {config.batch} cannot be shared evenly by {world.size} processes")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.precision.tf32:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
 
 
-def make_optimizer(model: Clip, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; only matrices and kernels decay. Each group's `factor` multiplies the learning rate."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1 and p is not model.log_scale]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, "factor": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
-        {"params": [model.log_scale], "weight_decay": 0.0, "factor": config.scale_rate},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+def claim_run(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from, None to begin; makes the folder. UserError if it holds a run that would be lost."""
+    claim(config.out)
+    wanted = "latest" if restarted() else config.resume
+    if wanted is None:
+        if (config.out / METRICS).exists():
+            raise UserError(
+                f"{config.out} holds a run: --resume latest goes on with it, another --out begins a new one"
+            )
+        return None
+    if wanted != "latest":
+        checkpoint.verify(Path(wanted))
+        return Path(wanted)
+    found = checkpoint.newest(config.out, say)
+    if found is None:
+        say(f"No checkpoint in {config.out} yet: beginning.")
+    return found
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["factor"]
+def make_state(model: Clip, config: TrainConfig, world: World) -> TrainState:
+    """The model where and how it is trained, with its optimiser."""
+    prepare(model, config, world)
+    return TrainState(
+        model,
+        make_optimizer(model, config.optimizer),
+        torch.amp.GradScaler(world.device.type, enabled=config.precision.dtype == "fp16"),
+        None if config.optimizer.ema is None else Average(model, config.optimizer.ema),
+    )
 
 
-@contextmanager
-def stop_on_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, a first SIGINT only makes the given function answer True; a second raises KeyboardInterrupt."""
-    seen = False
+class Run:
+    """What reads and writes the run's folder."""
 
-    def handle(number: int, frame: object) -> None:
-        nonlocal seen
-        if seen:
-            raise KeyboardInterrupt
-        seen = True
+    def __init__(
+        self, config: TrainConfig, world: World, state: TrainState, batches: Loader, tokenizer: Tokenizer
+    ) -> None:
+        self.config, self.world, self.state, self.batches, self.tokenizer = config, world, state, batches, tokenizer
+        self.settings = settings.to_dict(config)
+        self.settings.pop("config", None)  # the command's: the file that some of the settings came from
+        if world.first:
+            text = settings.to_toml(self.settings)
+            write_atomic(config.out / CONFIG, lambda file: file.write(text.encode()))
 
+    def resume(self, folder: Path) -> None:
+        """Go on from `folder`; say what is not as it was."""
+        exact = checkpoint.read(folder, self.state, self.batches, self.world)
+        self.world.say(f"Resumed from {folder}, after step {self.state.step}.")
+        if not exact:
+            self.world.say("The number of processes has changed: the run goes on, but not bit for bit.")
+        before = checkpoint.stored_settings(folder)
+        changed = [
+            text for text in settings.differences(before, self.settings) if not text.startswith(("out ", "resume "))
+        ]
+        if changed:
+            self.world.say(f"Settings that have changed: {'; '.join(changed)}.")
+
+    def save(self) -> None:
+        """A checkpoint of now."""
+        keep = self.config.checkpoint.keep
+        checkpoint.write(self.config.out, self.state, self.batches, self.world, self.settings, self.describe, keep)
+
+    def describe(self, folder: Path) -> None:
+        """What makes the folder of weights a model folder."""
+        checkpoint.describe_model(folder, self.state.model.config, self.tokenizer)
+
+    def finish(self, log: RunLog) -> None:
+        """The trained model, its averaged weights and the curves."""
+        out, model = self.config.out, self.state.model
+        weights = {name: full_tensor(tensor) for name, tensor in model.state_dict().items()}
+        averages = self.state.average.weights if self.state.average else {}
+        averaged = {name: full_tensor(tensor) for name, tensor in averages.items()}
+        if self.world.first:
+            checkpoint.save_model_folder(out, model.config, self.tokenizer, weights)
+            if averaged:
+                checkpoint.save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
+            draw_curves(log.records, self.config.batch, out / CURVES, f"{self.state.step:,} steps")
+        self.world.say(f"Written to {out}: the model, checkpoints, {CONFIG}, {METRICS} and {CURVES}.")
+
+
+def claim(folder: Path) -> None:
+    """Make `folder` and prove that it can be written, before minutes are spent."""
+    probe = folder / ".fastclip-probe"
     try:
-        before = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not the main thread: signals are not ours to take
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
-    finally:
-        signal.signal(signal.SIGINT, before)
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write into {folder}: {error.strerror}") from error
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
