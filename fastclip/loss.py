@@ -189,18 +189,24 @@ def siglip_loss(
 
     Returns the loss, float32 (float64 for float64 features), 0-d or [N]. Raises as clip_loss.
     """
-    checks.one_process(group)
-    checks.reduction(reduction)
-    checks.ids_mode(ids_mode)
-    image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
-    scale = checks.scalar(logit_scale, "logit_scale", image)
-    bias = checks.scalar(0.0 if logit_bias is None else logit_bias, "logit_bias", image)
-    weight = checks.sample_weight(weight, len(image), image)
-    mask = ops.NO_MASK
-    if ids is not None:
-        ids = checks.integers(ids, "ids", len(image), image)
-        mask = ops.Mask(ids, ids)
 
+    def checked():
+        checks.reduction(reduction)
+        checks.ids_mode(ids_mode)
+        image, text = checks.features(image_features, text_features, "image_features", "text_features", paired=True)
+        scale = checks.scalar(logit_scale, "logit_scale", image)
+        bias = checks.scalar(0.0 if logit_bias is None else logit_bias, "logit_bias", image)
+        pair_weight = checks.sample_weight(weight, len(image), image)
+        pair_ids = None if ids is None else checks.integers(ids, "ids", len(image), image)
+        return distributed.SigmoidInputs(image, text, scale, bias, pair_weight, pair_ids)
+
+    if group is not None:
+        return distributed.siglip_loss(
+            checked, distributed.SigmoidOptions(normalize, backend, ids_mode), group, reduction
+        )
+    image, text, scale, bias, weight, ids = checked()
+
+    mask = ops.NO_MASK if ids is None else ops.Mask(ids, ids)
     positive = torch.arange(len(image), device=image.device)
     args = (image, text, scale, bias, positive)
     rest = (normalize, backend, mask, ids_mode == "positive")

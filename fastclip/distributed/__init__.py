@@ -4,10 +4,12 @@
     loss = clip_loss(image_features, text_features, logit_scale, group=Sharded(mode="ring"))
 
 shards.py: what the ranks tell each other first. exchange.py: messages with their gradients. sums.py: the one quadratic
-operator, over all ranks. softmax.py: the losses around it.
+operator, over all ranks, ring.py how keys go round. softmax.py and sigmoid.py: the losses around it.
 """
 
+from fastclip.distributed.ring_sigmoid import SigmoidOptions
 from fastclip.distributed.shards import Sharded
+from fastclip.distributed.sigmoid import SigmoidInputs, siglip_loss
 from fastclip.distributed.softmax import clip_loss
 
-__all__ = ["Sharded", "clip_loss"]
+__all__ = ["Sharded", "SigmoidInputs", "SigmoidOptions", "clip_loss", "siglip_loss"]

@@ -55,6 +55,10 @@ class Shards:
         ends = list(accumulate(self.cols))
         return slice(ends[rank] - self.cols[rank], ends[rank])
 
+    def own_columns(self, x: Tensor) -> Tensor:
+        """[n_r] int64: the column of each of this rank's queries x [n_r, D] among all keys."""
+        return torch.arange(len(x), device=x.device) + self.columns(self.rank).start
+
 
 def agree(given: object, check: Callable[[], T], describe: Callable[[T], tuple[int, int, str]]) -> tuple[T, Shards]:
     """Runs check() on every rank, and raises on every rank where it raised on one, or where they differ.

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastclip import ops, softmax
 from fastclip.distributed.exchange import all_reduce, gather_rows, sum_over_ranks, whole
 from fastclip.distributed.ids import Ids, gather_ids, mean_by_id
+from fastclip.distributed.ring import blocks
 from fastclip.distributed.shards import Shards, agree, tensor_text
 from fastclip.distributed.sums import similarity_sums
 from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, unit_rows
@@ -129,7 +130,17 @@ def _stats(x, y, scale, shards: Shards, options: Options, pairs: Gaps, losses: T
 
 def _ranks(x: Tensor, y: Tensor, scale: Tensor, shards: Shards, options: Options) -> Tensor:
     """[n_r]: how many of all ranks' rows y beat each of this rank's x's own."""
-    keys = gather_rows(y, shards.cols, shards.group)
     rows = torch.arange(len(x), device=x.device)
-    own = rows + shards.columns(shards.rank).start
-    return ops.similarity_ranks(x, keys, scale, rows, own, options.normalize, options.backend)[0]
+
+    def rank_among(keys: Tensor, own: Tensor) -> Tensor:
+        return ops.similarity_ranks(x, keys, scale, rows, own, options.normalize, options.backend)[0]
+
+    if shards.mode == "gather":
+        return rank_among(gather_rows(y, shards.cols, shards.group), shards.own_columns(x))
+    among_own = rank_among(y, rows)
+    total = among_own.clone()
+    for block in blocks(y, shards):
+        if not block.own:
+            # A block of other ranks' keys holds no right answer to compare with, so that this rank's keys join it.
+            total += rank_among(torch.cat([y.detach(), block.y]), rows) - among_own
+    return total

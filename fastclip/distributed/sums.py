@@ -2,10 +2,7 @@
 
 Legend: x [n_r, D], y [m_r, D] this rank's queries and keys; query i belongs to key i of its own rank, n_r <= m_r.
 row_sum, row_shift, pos [n_r] and col_sum, col_shift [m_r] belong to them, over all negatives of the whole batch.
-A sum and its shift stand for sum * exp(shift): shifts may differ from rank to rank, and from block to block.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from fastclip import ops
 from fastclip.distributed.exchange import all_rows, gather_rows, to_owners
+from fastclip.distributed.ring_sums import ring_sums
+from fastclip.distributed.scaled import Scaled, join
 from fastclip.distributed.shards import Shards
-
-
-class Scaled(NamedTuple):
-    """total * exp(shift), both [n]."""
-
-    total: Tensor
-    shift: Tensor
 
 
 def similarity_sums(
@@ -30,9 +22,12 @@ def similarity_sums(
 
     mask: row_ids, row_limit [n_r] of this rank; col_ids, col_limit [M] of all ranks.
     """
-    keys = all_rows(y, shards.cols, shards.group)
-    own = torch.arange(len(x), device=x.device) + shards.columns(shards.rank).start
-    row_sum, col_sum, row_shift, col_shift, pos = ops.similarity_sums(x, keys, scale, own, normalize, backend, mask)
+    if shards.mode == "ring":
+        sums = ring_sums(x, y, scale, shards, normalize, backend, mask)
+    else:
+        keys = all_rows(y, shards.cols, shards.group)
+        sums = ops.similarity_sums(x, keys, scale, shards.own_columns(x), normalize, backend, mask)
+    row_sum, col_sum, row_shift, col_shift, pos = sums
     col_sum, col_shift = _OwnColumns.apply(col_sum, col_shift, shards)
     return row_sum, col_sum, row_shift, col_shift, pos
 
@@ -56,14 +51,3 @@ class _OwnColumns(torch.autograd.Function):
         pairs = gather_rows(torch.stack([grad, own_shift], 1), ctx.shards.cols, ctx.shards.group)
         # A shift above the joined one belongs to a column without negatives here: any finite factor serves it.
         return pairs[:, 0] * torch.exp((shift - pairs[:, 1]).clamp_max(0.0)), None, None
-
-
-def join(*parts: Scaled) -> Scaled:
-    """The sum of the parts, under the largest shift among those that hold anything."""
-    if len(parts) == 1:
-        return parts[0]
-    totals, shifts = (torch.stack(tensors) for tensors in zip(*parts, strict=True))
-    top = torch.where(totals > 0, shifts, -torch.inf).amax(0)
-    top = torch.where(top == -torch.inf, shifts.amax(0), top)
-    terms = torch.where(totals == 0, 0.0, totals * torch.exp(shifts - top))
-    return Scaled(terms.sum(0), top)
