@@ -34,7 +34,7 @@ CONFIGS = {
     "cbow": ClipConfig(24, VIT, CBOW),
     "glyph": ClipConfig(24, CONV, MEAN),
 }
-END = 59  # the highest id: the end token
+END = 59  # the highest id of 60: the end token
 
 
 def small(kind: str, seed: int = 0) -> Clip:
@@ -57,12 +57,13 @@ def scrambled(model: nn.Module) -> nn.Module:
 
 
 def batch(config: ClipConfig, n: int = 3, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and captions of different lengths: each ends in END, then padding; the first one fills the context."""
+    """Images, and captions of different lengths: each ends in the highest id, then padding; the first fills the context."""
     generator = torch.Generator().manual_seed(seed)
     size, context = config.image.image_size, config.text.context
     images = torch.randn(n, config.image.channels, size, size, generator=generator)
-    ids = torch.randint(1, END, (n, context), generator=generator)
+    end = config.text.vocabulary - 1
+    ids = torch.randint(1, end, (n, context), generator=generator)
     for row, length in enumerate(torch.linspace(context, 2, n).int().tolist()):
-        ids[row, length - 1] = END
+        ids[row, length - 1] = end
         ids[row, length:] = 0
     return images, ids
