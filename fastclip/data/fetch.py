@@ -19,13 +19,15 @@ class Fetched:
     """A batch, and what was met while it was made. Without a batch: nothing was left to fill one.
 
     `stream` and `cursor`: for shards, which worker's stream it came from and how far that had been read.
-    `failed`: the message of a UserError, to be raised where the user sees one line.
+    `counts`: whether it is one of the epoch's steps. `failed`: the message of a UserError, to be raised where it makes
+    one line.
     """
 
     batch: Batch | None
     report: DataReport = field(default_factory=DataReport)
-    stream: int = 0
+    stream: int | None = None
     cursor: tuple[int, int] = (0, 0)
+    counts: bool = True
     failed: str | None = None
 
     def pin_memory(self) -> Fetched:

@@ -6,6 +6,7 @@ out; batches that workers have fetched ahead are not in it, and are fetched agai
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ from fastclip.data.fetch import Collate, Fetched, Tokenizer
 from fastclip.data.report import REFUSED, SKIPPED, DataReport
 from fastclip.data.rows import Rows
 from fastclip.data.sample import Decoder
-from fastclip.data.sources import open_rows
+from fastclip.data.shard_files import expand, read_counts
+from fastclip.data.shards import Shards
+from fastclip.data.sources import kind_of, open_rows
 from fastclip.errors import UserError
 
 VERSION = 1
@@ -50,8 +53,12 @@ def make_loader(
     if config.last == "keep" and world > 1:
         raise ValueError("last='keep' is for one process: ranks would get batches of different sizes")
     collate = Collate(Decoder.of(transform), tokenizer, config.pair_ids)
-    rows = Rows(open_rows(config), collate, config, batch, rank, world, seed)
-    return Loader(rows, config, workers, pin_memory)
+    if kind_of(config) == "shards":
+        urls = tuple(expand(config.sources))
+        plan = Shards(urls, read_counts(urls), collate, config, batch, rank, world, workers, seed)
+    else:
+        plan = Rows(open_rows(config), collate, config, batch, rank, world, seed)
+    return Loader(plan, workers, pin_memory)
 
 
 class Loader:
@@ -61,13 +68,13 @@ class Loader:
     would tell; `report` counts what was handed out and what was wrong with it.
     """
 
-    def __init__(self, plan: Rows, config: DataConfig, workers: int = 0, pin_memory: bool = False) -> None:
-        self.plan, self.config, self.workers, self.pin_memory = plan, config, workers, pin_memory
+    def __init__(self, plan: Rows | Shards, workers: int = 0, pin_memory: bool = False) -> None:
+        self.plan, self.config, self.workers, self.pin_memory = plan, plan.config, workers, pin_memory
         self.epoch = 0
         self.batches = 0
         self.streams: dict[str, Any] = {}
         self.report = DataReport()
-        self.report.merge(plan.source.problems)
+        self.report.merge(plan.problems)
         self.warned: set[str] = set()
 
     @property
@@ -80,20 +87,23 @@ class Loader:
             self.epoch, self.batches, self.streams = epoch, 0, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts only. Exact for the same data, batch, seed, world size and workers."""
+        """Numbers, strings, lists and dicts only; each process has its own. See docs/data.md for when it is exact."""
         return {
             "version": VERSION,
             "epoch": self.epoch,
             "batches": self.batches,
-            "streams": {key: list(value) if isinstance(value, tuple) else value for key, value in self.streams.items()},
+            "pairs": self.plan.batch * self.plan.world,
+            "streams": copy.deepcopy(self.streams),
             "report": self.report.to_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state.get("version") != VERSION:
             raise ValueError(f"the data state has version {state.get('version')}, expected {VERSION}")
-        self.epoch, self.batches = state["epoch"], state["batches"]
-        self.streams = dict(state["streams"])
+        # Another batch or number of processes: as many samples into the epoch.
+        pairs = self.plan.batch * self.plan.world
+        self.epoch, self.batches = state["epoch"], state["batches"] * state["pairs"] // pairs
+        self.streams = copy.deepcopy(state["streams"])
         self.report = DataReport.from_dict(state["report"])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -132,7 +142,10 @@ class Loader:
                 "other; --data.pair-ids hands them to the loss as ids (further ones are counted)",
             )
         self.report.check(self.config.max_skipped)
-        self.batches += 1
+        self.batches += fetched.counts
+        if fetched.stream is not None:
+            cursors = self.streams.get("cursors", {}) | {str(fetched.stream): list(fetched.cursor)}
+            self.streams = {"dealt": self.plan.dealt, "last": fetched.stream, "cursors": cursors}
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self.warned:

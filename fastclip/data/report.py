@@ -21,7 +21,7 @@ SKIPPED = (
 REFUSED = (
     "bad row",
     "unreadable shard",
-    "truncated shard",
+    "damaged shard",
     "empty shard",
     "changed shard",
     "unsafe name",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
@@ -35,7 +35,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rows(Dataset):
     """The batches of one epoch on one rank; `at` turns it to another. UserError for fewer samples than one batch."""
 
@@ -66,7 +66,15 @@ class Rows(Dataset):
         keeps = self.config.last == "keep" or (self.config.last == "wrap" and whole > 0)
         return whole + (rest > 0 and keeps)
 
-    def resume(self, epoch: int, done: int, streams: object) -> tuple[Rows, Iterable[int]]:
+    @property
+    def problems(self) -> DataReport:
+        return self.source.problems
+
+    @property
+    def dealt(self) -> None:
+        """No batch depends on how many processes or workers there are."""
+
+    def resume(self, epoch: int, done: int, state: dict[str, Any]) -> tuple[Rows, Iterable[int]]:
         """(the data set, the batch numbers left) of `epoch` after `done` batches."""
         length = self.length if self.config.last == "keep" else self.steps * self.batch * self.world
         config = self.config

@@ -20,8 +20,6 @@ from fastclip.errors import UserError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-TABLES = (".csv", ".tsv", ".parquet")
-
 
 class TableSource:
     """One sample for each path of the table, in the order of first appearance.
