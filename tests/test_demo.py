@@ -20,12 +20,13 @@ pytest.importorskip("tqdm")
 from PIL import Image
 
 from fastclip.errors import UserError
+from fastclip.evaluate import search as search_module
+from fastclip.evaluate.retrieval import ties
+from fastclip.evaluate.search import search_glyphs as search
+from fastclip.evaluate.zero_shot import confusion_matrix
 from fastclip.train import demo as demo_module
-from fastclip.train import search as search_module
 from fastclip.train.checkpoint import load_model
 from fastclip.train.config import DemoConfig
-from fastclip.train.evaluate import confusion_matrix, ties
-from fastclip.train.search import search
 from fastclip.train.summary import recalls
 
 FACES = ("DejaVuSansDisplay", "STIXGeneralItalic", "STIXGeneralBolIta")

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastclip.train.report import ACCENT, INK, SOFT, WARM, new_figure, save_figure
+from fastclip.evaluate.drawing import ACCENT, INK, SOFT, WARM, new_figure, save_figure
 
 
 def curve(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

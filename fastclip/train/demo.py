@@ -21,7 +21,11 @@ from fastclip.data.glyphs import load_glyphs
 from fastclip.data.pairs import UniqueCaptions
 from fastclip.env import processor
 from fastclip.errors import UserError
-from fastclip.train import report, settings
+from fastclip.evaluate.drawing import draw_confusion
+from fastclip.evaluate.encode import encode
+from fastclip.evaluate.glyph_index import INDEX, GlyphIndex, glyph_gallery
+from fastclip.evaluate.zero_shot import classify, confusion_matrix
+from fastclip.train import settings
 from fastclip.train.checkpoint import save_json, save_model_folder
 from fastclip.train.config import (
     DemoConfig,
@@ -31,14 +35,12 @@ from fastclip.train.config import (
     TrainConfig,
 )
 from fastclip.train.curves import draw_curves
-from fastclip.train.evaluate import classify, confusion_matrix, encode
 from fastclip.train.log import RunLog
 from fastclip.train.loop import fit
 from fastclip.train.memory import memory
 from fastclip.train.parallel import processes
 from fastclip.train.progress import Progress
 from fastclip.train.schedule import make_schedule
-from fastclip.train.search import INDEX, Index
 from fastclip.train.step import TrainStep
 from fastclip.train.summary import retrieval, summary
 from fastclip.train.towers import make_encode
@@ -112,7 +114,7 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     model.eval()
     save_model_folder(config.out, model.config, tokenizer, model.state_dict())
     say("Evaluating ...")
-    index = Index.build(model, glyphs, config.faces_held_out)
+    index = GlyphIndex.build(model, glyphs, config.faces_held_out)
     index.save(config.out / INDEX)
     texts = encode(model.encode_text, ids)
     faces = {face: retrieval(index, texts, face, training) for face in config.faces_held_out}
@@ -124,9 +126,9 @@ def demo(config: DemoConfig) -> dict[str, Any]:
     draw_curves(log.records, config.batch, config.out / "loss.png", title + stopped * ", stopped by Ctrl-C")
     answers = [(query, index.find(encode(model.encode_text, tokenizer(query))[0], 8)) for query in QUERIES]
     among = f"{len(index.glyphs):,} pictures of {len(glyphs.names):,} characters"
-    report.gallery(answers, config.out / "gallery.png", f"Asked in words, found among {among}")
+    glyph_gallery(answers, config.out / "gallery.png", f"Asked in words, found among {among}")
     title = f"Handwritten digits, never trained on: {accuracy:.1%} right"
-    report.confusion(matrix, WORDS, config.out / "digits.png", title)
+    draw_confusion(matrix, WORDS, config.out / "digits.png", title)
     ended = time.perf_counter()
 
     results = {

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from fastclip.data.glyphs import Glyphs
+from fastclip.evaluate.glyph_index import GlyphIndex
+from fastclip.evaluate.retrieval import ties
 from fastclip.metrics import recall_at_k, retrieval_ranks
 from fastclip.train.config import DemoConfig
-from fastclip.train.evaluate import ties
-from fastclip.train.search import Index
 
 
-def retrieval(index: Index, texts: torch.Tensor, face: str, training: Glyphs) -> dict[str, Any]:
+def retrieval(index: GlyphIndex, texts: torch.Tensor, face: str, training: Glyphs) -> dict[str, Any]:
     """Recall among the pictures of `face` and their names, both ways, and what of the face was known before.
 
     `texts` [K, D]: features of all names. Some faces share drawings with others (arrows, box drawings): the

@@ -1,9 +1,8 @@
-"""Ask a trained model for pictures in words."""
+"""Search among the pictures of characters: the gallery of the demo."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,18 +10,35 @@ import numpy as np
 import torch
 
 from fastclip.clip.model import Clip
-from fastclip.data.glyphs import Glyphs, load_glyphs
+from fastclip.data.glyphs import Glyphs
 from fastclip.data.pairs import to_float
 from fastclip.errors import UserError
-from fastclip.train.checkpoint import load_model, save_tensors
-from fastclip.train.evaluate import encode
-from fastclip.train.report import Found, gallery
+from fastclip.evaluate.drawing import Tile, draw_gallery
+from fastclip.evaluate.encode import encode
+from fastclip.evaluate.files import save_tensors
 
 INDEX = "index.safetensors"
+LEGEND = "green: the name asked for · solid: a face never trained on · dashed: a trained one · number: cosine"
 
 
 @dataclass(frozen=True)
-class Index:
+class Found:
+    """One picture that a search found: `image` uint8 [S, S], ink 255 on 0; `score` is the cosine."""
+
+    name: str
+    face: str
+    score: float
+    image: np.ndarray
+    held_out: bool
+
+    def tile(self, query: str) -> Tile:
+        """As ink on paper, green where it is what the query names."""
+        right = self.name == query.strip().lower()
+        return Tile(255 - self.image, self.name, self.score, right=right, dashed=not self.held_out)
+
+
+@dataclass(frozen=True)
+class GlyphIndex:
     """`features` float32 [M, D], normalised, of `glyphs`' pictures; `trained` bool [F]: faces trained on.
 
     The pictures are those of the faces never trained on, and one of each character that they lack.
@@ -33,7 +49,7 @@ class Index:
     trained: np.ndarray
 
     @classmethod
-    def build(cls, model: Clip, glyphs: Glyphs, held_out: Iterable[str]) -> Index:
+    def build(cls, model: Clip, glyphs: Glyphs, held_out: Iterable[str]) -> GlyphIndex:
         held_out = tuple(held_out)
         shown = glyphs.gallery(held_out)
         features = encode(model.encode_image, to_float(shown.images))
@@ -45,7 +61,7 @@ class Index:
         save_tensors(path, tensors, {"glyphs": self.glyphs.fingerprint()})
 
     @classmethod
-    def load(cls, path: Path, glyphs: Glyphs, model: Clip) -> Index:
+    def load(cls, path: Path, glyphs: Glyphs, model: Clip) -> GlyphIndex:
         """From `path`; if it was made from other pictures than `glyphs`, those are encoded anew."""
         from safetensors import SafetensorError, safe_open
 
@@ -81,21 +97,7 @@ class Index:
         return list(found.values())
 
 
-def search(query: str, run: Path, top: int, out: Path | None) -> tuple[list[Found], Path]:
-    """The `top` names whose pictures are closest to `query` for the model in `run`, and the PNG of them."""
-    if not query.strip():
-        raise UserError("the query is empty")
-    if top < 1:
-        raise UserError(f"--top must be at least 1, got {top}")
-    model, tokenizer = load_model(run)
-    glyphs = load_glyphs(model.config.image.image_size)
-    index = Index.load(Path(run) / INDEX, glyphs, model)
-    found = index.find(encode(model.encode_text, tokenizer(query))[0], top)
-    slug = re.sub(r"[^a-z0-9]+", "-", query.lower()).strip("-")[:60] or "query"
-    out = out or Path(run) / f"search-{slug}.png"
-    gallery(
-        [(query, found[:10])],
-        out,
-        f"fastclip search: {len(glyphs):,} pictures of {len(glyphs.names):,} characters",
-    )
-    return found, out
+def glyph_gallery(answers: Sequence[tuple[str, Sequence[Found]]], path: Path, title: str) -> None:
+    """One row of characters for each query, as a PNG."""
+    rows = [(query, [hit.tile(query) for hit in found]) for query, found in answers]
+    draw_gallery(rows, path, title, LEGEND)
