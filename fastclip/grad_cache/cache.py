@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from fastclip.grad_cache.parallel import Reduction, warn_if_alone
 from fastclip.grad_cache.pieces import Call, take_apart
-from fastclip.grad_cache.state import Autocast, Buffers, RandomState, devices_of, random_state_kept
+from fastclip.grad_cache.state import (
+    Autocast,
+    Buffers,
+    RandomState,
+    devices_of,
+    forget_rounded_weights,
+    random_state_kept,
+)
 
 
 class GradCache:
@@ -90,7 +97,7 @@ class GradCache:
             encode = functools.partial(call, encoder)
             passes.append(_Passes(encode, range(0, len(own[0]), size), self.modules, reduction))
             tensors.append(own)
-        reduction.check_same(sum(len(p.starts) for p in passes))
+        reduction.check_same([len(p.starts) for p in passes])
         return tuple(p.features(own) for p, own in zip(passes, tensors, strict=True))
 
     @contextmanager
@@ -139,8 +146,7 @@ class _Passes:
         self.versions = [(p, p._version) for p in parameters]
         self.generators: list[RandomState] = []
         features = self.first(tensors, lambda: self.generators.append(RandomState(self.devices)))
-        # Autocast's cache now holds weights that were rounded without a graph.
-        torch.clear_autocast_cache()
+        forget_rounded_weights()
         return features
 
     def second(self, tensors: Sequence[Tensor], grad: Tensor, wanted: Sequence[bool]) -> list[Tensor | None]:

@@ -67,16 +67,16 @@ class Reduction:
             for module in self.sharded:
                 module.set_requires_gradient_sync(True, recurse=False)
 
-    def check_same(self, micro_batches: int) -> None:
-        """ValueError on every process if they differ in the number of forward passes in which they meet."""
+    def check_same(self, micro_batches: list[int]) -> None:
+        """ValueError on every process if they differ in the forward passes in which they meet; one number a tower."""
         for group, device in _meetings(self.sharded, self.synchronised):
-            extremes = torch.tensor([micro_batches, -micro_batches], device=device)
-            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-            most, least = extremes[0].item(), -extremes[1].item()
-            if most != least:
+            most, least = torch.tensor(micro_batches, device=device), torch.tensor(micro_batches, device=device)
+            dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+            dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+            if not torch.equal(most, least):
                 raise ValueError(
-                    "FSDP2 and SyncBatchNorm make the processes meet in each forward pass, so all need the same "
-                    f"number of micro-batches: they have from {least} to {most}, this one {micro_batches}"
+                    "FSDP2 and SyncBatchNorm make the processes meet in each forward pass, so all need the same number "
+                    f"of micro-batches, got {micro_batches} here, {least.tolist()} to {most.tolist()} in all"
                 )
 
 

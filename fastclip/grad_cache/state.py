@@ -58,17 +58,20 @@ class Autocast:
 
     @contextmanager
     def apply(self) -> Iterator[None]:
-        """Inside, autocast is as it was; its cache holds no weight from outside.
-
-        Autocast keeps the weights that it has rounded. Those rounded without a graph, or in a graph that has been
-        freed, would cost the next pass its gradient.
-        """
-        torch.clear_autocast_cache()
+        """Inside, autocast is as it was."""
+        forget_rounded_weights()
         with ExitStack() as stack:
             for kind, enabled, dtype in self.states:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self.caches))
             yield
-        torch.clear_autocast_cache()
+
+
+def forget_rounded_weights() -> None:
+    """Autocast keeps the weights it has rounded; torch 2.10 gives those rounded without a graph to code that needs one.
+
+    Such code gets no gradient and no error (pytorch/pytorch#158232).
+    """
+    torch.clear_autocast_cache()
 
 
 class Buffers:
