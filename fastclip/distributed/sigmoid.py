@@ -27,7 +27,6 @@ class SigmoidInputs(NamedTuple):
     ids: Tensor | None
 
 
-@torch.compiler.disable
 def siglip_loss(check: Callable[[], SigmoidInputs], options: SigmoidOptions, group: object, reduction: str) -> Tensor:
     """fastclip.siglip_loss over the ranks of `group`. check: validates this rank's arguments and returns them."""
 

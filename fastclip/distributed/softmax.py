@@ -22,7 +22,6 @@ from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, unit_rows
 Checked = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Options]
 
 
-@torch.compiler.disable
 def clip_loss(
     check: Callable[[], Checked], group: object, reduction: str, return_stats: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
