@@ -1,91 +1,107 @@
-"""What `python -m benchmarks` takes on its command line."""
+"""What `fastclip bench` and `python -m benchmarks` take on their command lines."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks.peers import PEERS
-from benchmarks.problems import DTYPES, MODES, Problem
+CASES = ("clip", "siglip", "ranks", "topk", "step", "loading", "sharded", "grad_caching", "large_batch", "models")
+DTYPES = ("fp32", "bf16", "fp16")
+MODES = ("forward", "forward+backward")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Time, memory and error of the CLIP loss on this machine's processor, beside its alternatives.
+    """Time, memory and error of fastclip beside its alternatives, on this machine.
 
     Flags left out take the values of the full run, or with --quick those of one under three minutes on two cores.
     """
 
     quick: bool = False
-    """The short run: N = 1024 and 4096, torch.compile in fp32 alone."""
+    """The short run: few sizes, fp32."""
+    only: tuple[str, ...] = ()
+    """Cases to run: clip siglip ranks topk step loading sharded grad_caching large_batch models. All if not given."""
     sizes: tuple[int, ...] = ()
-    """Batch sizes N."""
-    largest_16_bit: int = 16384
-    """Largest of those N for bf16 and fp16."""
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    """Batch sizes N (rows of each side for ranks and topk); each case has its own if not given."""
+    dtypes: tuple[str, ...] = ()
     """Dtypes of the features: fp32, bf16, fp16."""
     modes: tuple[str, ...] = MODES
-    """forward (no graph), forward+backward, or both."""
-    peers: tuple[str, ...] = tuple(PEERS)
-    """What to measure; the first one is what the others are compared with."""
+    """For the losses: forward (no graph), forward+backward, or both."""
+    peers: tuple[str, ...] = ()
+    """Names of what to measure, such as cpu dense; all if not given. The case's first one is the others' measure."""
     d: Annotated[int, tyro.conf.arg(name="dim")] = 512
-    """Width D of the embeddings."""
-    threads: int = 2
-    """Threads of torch and of the kernels."""
+    """Width D of the embeddings of the losses."""
+    widths: tuple[int, ...] | None = None
+    """Further widths D, for the CLIP loss at N = 4096 in fp32."""
+    largest_16_bit: int = 16384
+    """Largest N for bf16 and fp16."""
+    threads: int | None = None
+    """Threads of torch and of the kernels; torch's own choice if not given."""
     call_limit_s: float | None = None
     """A call expected to take longer (from the size before, as N^2) is not made."""
     group_s: float | None = None
-    """Time for the paired runs of one N, dtype and mode; at least two rounds are made."""
+    """Time for the paired runs of one problem; slow calls get three runs all the same."""
+    processes: int | None = None
+    """Processes that the paired runs of one problem are spread over."""
     memory_limit_gib: float | None = None
     """A peer expected to need more is not run; 0.8 of what is available if not given."""
     memory: bool = True
-    """Measure the peak memory of every case in a process of its own."""
+    """Measure the peak memory of every call in a process of its own."""
+    time_wrong: bool = False
+    """Time also what gave a wrong result; it is marked as wrong."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """gpu is `make gpu`'s benchmark; auto takes it where there is a CUDA device."""
     out: Path | None = None
-    """Results file; benchmarks/results/CPU-DATE.json if not given, never one that exists."""
+    """Results file; RESULTS/CPU-DATE.json if not given, never one that exists."""
+    add: Path | None = None
+    """Results file of this machine to add to: cases measured here replace those of the same name in it."""
     plots: bool = True
-    """Write PNG files beside the results file (needs matplotlib)."""
+    """Write PNG files and an HTML page beside the results file (needs matplotlib)."""
+    against: Path | None = None
+    """An earlier results file to compare with: exit code 1 where fastclip became slower than --threshold allows."""
+    threshold: float = 1.15
+    """How many times as long, relative to the floor or the reference of the same run, is too slow for --against."""
 
-    def __post_init__(self) -> None:
-        for field, given, known in (
-            ("dtypes", self.dtypes, DTYPES),
-            ("modes", self.modes, MODES),
-            ("peers", self.peers, PEERS),
-        ):
-            if not given or set(given) - set(known):
-                raise ValueError(f"--{field} takes one or more of {', '.join(known)}; got {' '.join(given) or 'none'}")
-        if self.threads < 1 or self.d < 1 or any(n < 2 for n in self.sizes):
-            raise ValueError("--threads and --dim must be at least 1, and every one of --sizes at least 2")
+    def check(self) -> None:
+        """Raises ValueError, with the flag's name, for settings that cannot be."""
+        for flag, given, known in (("only", self.only, CASES), ("dtypes", self.dtypes, DTYPES)):
+            _check(flag, given, known)
+        _check("modes", self.modes, MODES)
+        if not self.modes:
+            raise ValueError(f"--modes takes one or more of {', '.join(MODES)}")
+        numbers = (self.d, self.threads or 1, self.processes or 1, *(self.widths or ()))
+        if min(numbers) < 1 or any(n < 2 for n in self.sizes):
+            raise ValueError("--threads, --processes, --dim and --widths must be at least 1, and --sizes at least 2")
+        if self.threshold <= 1:
+            raise ValueError(f"--threshold must be above 1, got {self.threshold}")
+        if self.out and self.add:
+            raise ValueError("--out and --add exclude each other")
 
-    def resolved(self) -> "Config":
-        """The same with every value filled in."""
-        sizes, call_limit_s, group_s = QUICK if self.quick else FULL
-        return replace(
-            self,
-            sizes=tuple(sorted(self.sizes or sizes)),
-            call_limit_s=call_limit_s if self.call_limit_s is None else self.call_limit_s,
-            group_s=group_s if self.group_s is None else self.group_s,
-        )
+    def resolved(self) -> Config:
+        """The same with every value filled in that does not belong to a case."""
+        missing = {name: value for name, value in (QUICK if self.quick else FULL).items() if not getattr(self, name)}
+        if self.widths is not None:
+            missing.pop("widths", None)
+        return replace(self, **missing, threads=self.threads or _threads())
 
-    def rounds(self) -> range:
-        """At least start, at most stop rounds of paired runs."""
-        return range(2, 7) if self.quick else range(2, 15)
-
-    def problems(self) -> list[Problem]:
-        """Every N and dtype, smallest first: what is expected of a size is known from the one before."""
-        return [
-            Problem(n, self.d, dtype)
-            for n in self.sizes
-            for dtype in self.dtypes
-            if dtype == "fp32" or n <= self.largest_16_bit
-        ]
-
-    def wants(self, peer: str, dtype: str) -> bool:
-        """Whether this run has a row for the peer in this dtype."""
-        slow = self.quick and PEERS[peer].compiles and dtype != "fp32"
-        return dtype in PEERS[peer].dtypes and not slow
+    def wants(self, case: str) -> bool:
+        return not self.only or case in self.only
 
 
-# sizes, call_limit_s, group_s
-QUICK = ((1024, 4096), 4.0, 2.0)
-FULL = ((1024, 2048, 4096, 8192, 16384, 32768), 40.0, 8.0)
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _check(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+    wrong = set(given) - set(known)
+    if wrong:
+        raise ValueError(f"--{flag} takes {', '.join(known)}; got {' '.join(sorted(wrong))}")
+
+
+QUICK = {"dtypes": ("fp32",), "widths": (), "call_limit_s": 4.0, "group_s": 8.0, "processes": 2}
+FULL = {"dtypes": ("fp32", "bf16"), "widths": (128, 256, 1024), "call_limit_s": 32.0, "group_s": 20.0, "processes": 3}

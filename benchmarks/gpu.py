@@ -24,7 +24,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.problems import LOGIT_SCALE, POSITIVE_COSINE
+from fastclip.benchmarks.problems import LOGIT_SCALE, POSITIVE_COSINE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,8 +33,9 @@ GROUP_MS = 1200.0  # time for the paired runs of one N, D and mode
 LARGEST = 1_048_576
 
 
-def main() -> int:
-    args = _arguments()
+def main(argv: list[str] | None = None) -> int:
+    """argv: the flags, those of the command line if None."""
+    args = _arguments(argv)
     if not torch.cuda.is_available():
         print("benchmarks.gpu: no CUDA device here; nothing was run and nothing was written")
         return 0
@@ -50,7 +51,7 @@ def main() -> int:
         return 1
     settings = vars(args) | {"scale": LOGIT_SCALE, "cosine": POSITIVE_COSINE}
     report = {"machine": machine(), "settings": settings, "rows": []}
-    path = args.out or RESULTS / f"{_slug(report['machine']['gpu'])}-{report['machine']['date'][:10]}.json"
+    path = args.out or RESULTS / f"{file_stem()}.json"
     print(f"{'N':>9} {'D':>5} {'dtype':5} {'mode':17} {'peer':28} {'ms':>10} {'TFLOP/s':>8} {'share':>6} {'MiB':>8}")
     for problem in _problems(args):
         if time.monotonic() > deadline:
@@ -67,9 +68,9 @@ def main() -> int:
 
 def run_problem(n: int, d: int, dtype: str, training: bool) -> list[dict]:
     """One row a peer: checked, then timed in turn with the others, the ceiling and x @ y.T alone."""
-    from benchmarks.gpu_check import CHUNKED_ROWS, TOLERANCE, sampled_error, truth, worst_error
-    from benchmarks.gpu_measure import batch, ceiling, interleaved, logits_alone, make_call, peak_mib, tflops
-    from benchmarks.gpu_peers import GPU_PEERS
+    from fastclip.benchmarks.gpu_check import CHUNKED_ROWS, TOLERANCE, sampled_error, truth, worst_error
+    from fastclip.benchmarks.gpu_measure import batch, ceiling, interleaved, logits_alone, make_call, peak_mib, tflops
+    from fastclip.benchmarks.gpu_peers import GPU_PEERS
 
     data = batch(n, d, DTYPES[dtype], scale=LOGIT_SCALE, cosine=POSITIVE_COSINE)
     expected, rows, calls = {}, [], {}
@@ -151,7 +152,12 @@ def machine() -> dict:
     }
 
 
-def _arguments() -> argparse.Namespace:
+def file_stem() -> str:
+    """Such as nvidia-h200-2026-01-31."""
+    return f"{_slug(torch.cuda.get_device_name())}-{datetime.now(timezone.utc).date()}"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="no new problem is begun after this many minutes")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 256, 768, 1024], help="embedding widths D")
@@ -160,7 +166,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="the benchmark alone")
     parser.add_argument("--no-largest", dest="largest", action="store_false", help="leave the million pairs out")
     parser.add_argument("--out", type=Path, default=None, help="results file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def _problems(args: argparse.Namespace) -> list[dict]:

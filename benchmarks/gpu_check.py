@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_measure import Batch
-from benchmarks.gpu_peers import BIAS
 from fastclip import clip_loss, siglip_loss
+from fastclip.benchmarks.gpu_measure import Batch
+from fastclip.benchmarks.gpu_peers import BIAS
 
 CHUNKED_ROWS = 32768
 SAMPLE = 64

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.problems import LOGIT_SCALE
 from fastclip import clip_loss, siglip_loss
+from fastclip.benchmarks import peers
+from fastclip.benchmarks.problems import LOGIT_SCALE
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 BIAS = -10.0

@@ -1,21 +1,26 @@
-"""Where the numbers come from: processor, memory, versions, and how busy the machine was."""
+"""Where the numbers come from: processor, memory and versions."""
+
+from __future__ import annotations
 
 import os
 import platform
 import re
 import subprocess
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import fastclip
 
+CHECKOUT = Path(__file__).resolve().parent.parent
 ISA_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "sve", "bf16")
+PEERS = ("numpy", "open_clip_torch", "sentence-transformers", "transformers", "webdataset", "torchvision", "triton")
 
 
 def describe(threads: int) -> dict:
-    """Everything a reader needs to judge or repeat a measurement. Memory in GiB; load is processes waiting to run."""
+    """Everything a reader needs to judge or repeat a measurement. Memory in GiB."""
     return {
         "cpu": cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -29,27 +34,23 @@ def describe(threads: int) -> dict:
         "torch": torch.__version__,
         "fastclip": fastclip.__version__,
         "commit": _commit(),
+        "packages": {name: found for name in PEERS if (found := _version(name))},
+        "compiler": _first_line("c++", "--version"),
         "backends": fastclip.available_backends(),
-        "load_at_start": round(os.getloadavg()[0], 2),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
 def headline(machine: dict) -> str:
     """One line for tables and plots."""
+    if "gpu" in machine:
+        return (
+            f"{machine['gpu']}, {machine['memory_gib']} GiB, driver {machine['driver']}, torch {machine['torch']}, "
+            f"Triton {machine['triton']}, {machine['date'][:10]}"
+        )
     return (
         f"{machine['cpu']}, {machine['isa']}, {machine['threads']} threads of {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB, torch {machine['torch']}, {machine['date'][:10]}"
-    )
-
-
-def noise_warning(machine: dict) -> str | None:
-    """A sentence where other programs had the processor when the run began."""
-    if machine["load_at_start"] < 0.5:
-        return None
-    return (
-        f"Other programs were running (load {machine['load_at_start']} on {machine['cores']} cores): "
-        "absolute times are too high, ratios less so."
     )
 
 
@@ -75,12 +76,24 @@ def _isa_flags() -> list[str]:
 
 def _commit() -> str | None:
     """The checkout's commit, with + where files have been changed since; None outside one."""
-    here = Path(__file__).parent
+    if not (CHECKOUT / "setup.py").exists():
+        return None
+    return _first_line("git", "-C", str(CHECKOUT), "describe", "--always", "--dirty=+", "--exclude=*")
+
+
+def _version(package: str) -> str | None:
     try:
-        git = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return said.partition("\n")[0].strip() or None
 
 
 def _read(path: str) -> str | None:

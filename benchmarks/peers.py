@@ -1,4 +1,4 @@
-"""Who computes it: fastclip's backends and the forms of the same loss that people use instead.
+"""Who computes the CLIP loss: fastclip's backends and the forms of the same loss that people use instead.
 
 Legend: image, text [N, D] of unit length, scale 0-d float32, labels [N]; every loss is 0-d and equals
 1/2 cross_entropy(S, arange(N)) + 1/2 cross_entropy(S.T, arange(N)) with S = scale * image text^T.
@@ -8,14 +8,14 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.problems import DTYPES
 from fastclip import backends, clip_loss
+from fastclip.benchmarks.case import Call, Peer, Problem, by_name
+from fastclip.benchmarks.problems import batch, loss_call
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,32 +53,16 @@ def compiled_dense() -> Loss:
     return torch.compile(dense, fullgraph=True, dynamic=False)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """name: in files and on the command line. label: in tables. build: makes the loss.
-
-    matrices: how many float32 N x N matrices a training step holds at its peak, 0 for none.
-    why_not: None where it can run here, else the reason, with the line that installs it.
-    """
-
-    name: str
-    label: str
-    build: Callable[[], Loss]
-    matrices: float = 0.0
-    dtypes: tuple[str, ...] = tuple(DTYPES)
-    why_not: Callable[[], str | None] = lambda: None
-    compiles: bool = False
-
-    def predicted_mib(self, n: int) -> float:
-        """Peak memory of a training step above inputs and gradients, without what grows only with N."""
-        return self.matrices * 4 * n**2 / 2**20
-
-
 def fastclip_loss(backend: str) -> Loss:
     return functools.partial(clip_loss, normalize=False, backend=backend)
 
 
-def _why_not_backend(name: str) -> str | None:
+def prepared(build: Callable[[], Loss]) -> Callable[[Problem], Call]:
+    """Peer.prepare of a loss of image, text and scale."""
+    return lambda problem: loss_call(build(), batch(problem).leaves, problem.mode)
+
+
+def why_not_backend(name: str) -> str | None:
     if name in backends.available_backends():
         return None
     return f"the {name} backend cannot run here (fastclip env says why); pip install --no-build-isolation ."
@@ -96,22 +80,24 @@ def _why_not_compiled() -> str | None:
     return "torch.compile needs a C++ compiler; apt install g++"
 
 
-PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer("cpu", "fastclip cpu", lambda: fastclip_loss("cpu"), why_not=lambda: _why_not_backend("cpu")),
-        Peer("eager", "fastclip eager", lambda: fastclip_loss("eager")),
-        Peer("dense", "dense, one matmul", lambda: dense, matrices=4),
-        Peer("dense-fp32", "dense, cast to fp32", lambda: dense_upcast, matrices=4, dtypes=("bf16", "fp16")),
-        Peer("openclip", "OpenCLIP form, two matmuls", lambda: open_clip, matrices=4),
-        Peer(
-            "compile",
-            "torch.compile of dense",
-            compiled_dense,
-            matrices=2,
-            why_not=_why_not_compiled,
-            compiles=True,
-        ),
-        Peer("chunked", "2 x linear_cross_entropy", lambda: chunked, why_not=_why_not_chunked),
-    )
-}
+PEERS = by_name(
+    Peer(
+        "cpu",
+        "fastclip cpu",
+        prepared(lambda: fastclip_loss("cpu")),
+        why_not=lambda: why_not_backend("cpu"),
+    ),
+    Peer("eager", "fastclip eager", prepared(lambda: fastclip_loss("eager"))),
+    Peer("dense", "dense, one matmul", prepared(lambda: dense), matrices=4),
+    Peer("dense-fp32", "dense, cast to fp32", prepared(lambda: dense_upcast), matrices=4, dtypes=("bf16", "fp16")),
+    Peer("openclip", "OpenCLIP form, two matmuls", prepared(lambda: open_clip), matrices=4),
+    Peer(
+        "compile",
+        "torch.compile of dense",
+        prepared(compiled_dense),
+        matrices=2,
+        why_not=_why_not_compiled,
+        compiles=True,
+    ),
+    Peer("chunked", "2 x linear_cross_entropy", prepared(lambda: chunked), why_not=_why_not_chunked),
+)

@@ -1,4 +1,4 @@
-"""What is computed: batches of unit-length features, and the arithmetic that a loss over them cannot avoid.
+"""Batches of unit-length features for the losses.
 
 Legend: N pairs, D embedding width; image, text [N, D]; S = scale * image text^T, the N x N logits.
 """
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FORWARD, TRAINING = "forward", "forward+backward"
-MODES = (FORWARD, TRAINING)
+from fastclip.benchmarks.case import DTYPES, TRAINING, Call, Problem
 
 LOGIT_SCALE = 100.0  # where CLIP's learned scale ends up, and the hardest on rounding
 # Of a pair: at that scale it keeps the loss at a few nats, and the scale's gradient away from zero, where any rounding
@@ -32,28 +30,36 @@ class Batch:
         return self.image, self.text, self.scale
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One batch, reproducible from these numbers in any process. dtype: a key of DTYPES, the features' dtype."""
+def batch(problem: Problem, scale: float = LOGIT_SCALE) -> Batch:
+    """Pairs with cosine POSITIVE_COSINE; all else is random."""
+    draw = torch.Generator().manual_seed(problem.seed)
+    image = F.normalize(torch.randn(problem.n, problem.d, generator=draw), dim=1)
+    noise = F.normalize(torch.randn(problem.n, problem.d, generator=draw), dim=1)
+    text = F.normalize(POSITIVE_COSINE * image + (1 - POSITIVE_COSINE**2) ** 0.5 * noise, dim=1)
+    image, text = (x.to(DTYPES[problem.dtype]).requires_grad_() for x in (image, text))
+    return Batch(image, text, torch.tensor(scale, requires_grad=True))
 
-    n: int
-    d: int
-    dtype: str
-    seed: int = 0
 
-    def batch(self, device: str = "cpu") -> Batch:
-        """Pairs with cosine POSITIVE_COSINE; all else is random. Drawn on the CPU, so the same on every device."""
-        draw = torch.Generator().manual_seed(self.seed)
-        image = F.normalize(torch.randn(self.n, self.d, generator=draw), dim=1)
-        noise = F.normalize(torch.randn(self.n, self.d, generator=draw), dim=1)
-        text = F.normalize(POSITIVE_COSINE * image + (1 - POSITIVE_COSINE**2) ** 0.5 * noise, dim=1)
-        image, text = (x.to(device, DTYPES[self.dtype]).requires_grad_() for x in (image, text))
-        return Batch(image, text, torch.tensor(LOGIT_SCALE, device=device, requires_grad=True))
+def feature_mib(problem: Problem) -> float:
+    """Size of one side's features, or of their gradient, in MiB."""
+    return problem.n * problem.d * DTYPES[problem.dtype].itemsize / 2**20
 
-    def flop(self, mode: str) -> int:
-        """The least a loss without the N x N matrix can do: S once forward; S again and two products backward."""
-        return (8 if mode == TRAINING else 2) * self.n**2 * self.d
 
-    def gradient_mib(self) -> float:
-        """Size of the two feature gradients in MiB."""
-        return 2 * self.n * self.d * DTYPES[self.dtype].itemsize / 2**20
+def loss_call(loss, leaves: tuple[Tensor, ...], mode: str) -> Call:
+    """One evaluation of loss(*leaves) without a graph, or one training step: the loss and the leaves' gradients.
+
+    leaves: image, text, scale and, for the sigmoid, bias. A leaf that the loss does not differentiate is left out.
+    """
+    names = ("image_grad", "text_grad", "scale_grad", "bias_grad")
+
+    def forward() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"loss": loss(*leaves)}
+
+    def training() -> dict[str, Tensor]:
+        value = loss(*leaves)
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        found = {name: grad for name, grad in zip(names, grads, strict=False) if grad is not None}
+        return {"loss": value.detach(), **found}
+
+    return training if mode == TRAINING else forward

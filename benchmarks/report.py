@@ -4,116 +4,99 @@
     python -m benchmarks.report benchmarks/results/X.json --docs README.md ...    rewrite them in these files
 
 A document names a table by `<!-- bench:SUITE-TABLE -->` ... `<!-- /bench -->`, where SUITE is cpu or gpu and TABLE is
-machine, time-DTYPE-MODE, memory-DTYPE-MODE, floor-DTYPE-MODE, error-DTYPE-MODE, ratio-DTYPE-MODE or exponent; DTYPE is
-fp32, bf16 or fp16 and MODE forward or training. A file of one suite leaves the other suite's tables alone.
+    machine, exponent, not-run, extra-NAME,
+    KIND-DTYPE-MODE of the CLIP loss, or CASE-KIND-DTYPE-MODE of another case, such as ranks-time-fp32-both-directions,
+    width-KIND, the CLIP loss over D;
+KIND is time, ratio, memory, floor or error, DTYPE fp32, bf16 or fp16, MODE forward, training (forward + backward) or
+the case's own words. A file of one suite leaves the other suite's tables alone.
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from benchmarks.machine import headline, noise_warning
-from benchmarks.problems import FORWARD, TRAINING
-from benchmarks.results import Results, Row, load
+from fastclip.benchmarks import noise, tables
+from fastclip.benchmarks.case import TRAINING
+from fastclip.benchmarks.machine import headline
+from fastclip.benchmarks.results import Results, Row, load
+from fastclip.benchmarks.tables import Table
 
-MARKED = re.compile(r"(<!-- bench:(\w+)-([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-MODE_NAMES = {"forward": FORWARD, "training": TRAINING}
-GROUP_COLUMNS = ("", "time", "range", "vs first", "peak", "of floor", "of fp32's", "error")
+MARKED = re.compile(r"(<!-- bench:(\w+?)-([\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+COLUMNS = ("", "time", "spread", "vs first", "peak", "of floor", "of fp32's", "error")
 
 
-def group_table(rows: list[Row]) -> str:
-    """All that was measured of one N, dtype and mode, for a terminal."""
+def problem_table(rows: list[Row]) -> str:
+    """All that was measured of one problem, for a terminal."""
     first = rows[0]
     timed = next((row for row in rows if row.floor_s), None)
-    title = f"N={first.n} D={first.d} {first.dtype} {first.mode}"
+    title = f"{first.case} N={first.n} D={first.d} {first.dtype} {first.mode}"
     if timed:
-        title += f"   floor {_seconds(timed.floor_s)} at {timed.gemm_gflops:.0f} GFLOP/s ({timed.gemm_library})"
-    columns = [GROUP_COLUMNS] + [_group_cells(row) for row in rows if row.status == "measured"]
-    lines = [title, *_aligned(columns)] if len(columns) > 1 else [title]
-    lines += [f"  {row.label}: {row.status}: {row.note}" for row in rows if row.status != "measured"]
-    return "\n".join(lines) + "\n"
+        title += f"   floor {tables.seconds(timed.floor_s)} at {timed.gemm_gflops:.0f} GFLOP/s ({timed.gemm_library})"
+    lines = [COLUMNS] + [_cells(row) for row in rows if row.seconds]
+    shown = [title, *_aligned(lines)] if len(lines) > 1 else [title]
+    shown += [f"  {row.label}: {row.status}: {row.note}" for row in rows if row.status != "measured"]
+    return "\n".join(shown) + "\n"
+
+
+def extra_text(lines: list[dict]) -> str:
+    """The table of another benchmark."""
+    return _plain(tables.extra(lines))
 
 
 def summary(results: Results) -> str:
-    """Time over N of every peer, exponents, and where it was measured, for a terminal."""
+    """Time and memory over N of the cases with several N, exponents, and where it was measured, for a terminal."""
     parts = []
-    for dtype, mode in results.groups():
-        slug = next(key for key, value in MODE_NAMES.items() if value == mode)
-        parts += [f"{dtype} {mode}, seconds", _plain(time_table(results, dtype, mode))]
-        if slug == "training":
-            parts += [f"{dtype} {mode}, peak memory", _plain(memory_table(results, dtype, mode))]
-    exponents = exponent_table(results)
-    if len(exponents) > 1:
-        parts += ["Time ~ N^p, fitted from N = 4096 to 16384", _plain(exponents)]
-    return "\n".join([*parts, headline(results.machine), noise_warning(results.machine) or ""]).rstrip()
+    for case in results.names("case"):
+        if len(results.names("n", case=case)) < 2:
+            continue
+        for dtype, mode in results.groups(case):
+            parts += [f"{case}, {dtype}, {mode}: time", _plain(tables.by_size(results, "time", case, dtype, mode))]
+            if mode != "forward" and any(row.peak_mib is not None for row in results.find(case=case)):
+                memory = tables.by_size(results, "memory", case, dtype, mode)
+                parts += [f"{case}, {dtype}, {mode}: peak memory above inputs and results", _plain(memory)]
+    for name, lines in results.extra.items():
+        parts += [name, extra_text(lines)]
+    if results.find(case="clip"):
+        exponents = tables.exponents(results)
+        if len(exponents) > 1:
+            parts += ["Time ~ N^p, fitted from N = 4096 to 16384", _plain(exponents)]
+    return "\n".join([*parts, where(results)]).rstrip()
 
 
-Table = list[list[str]]
+def where(results: Results) -> str:
+    """Machine and date, and a warning where something else ran."""
+    warning = noise.warning(results.parts, results.machine.get("cores", 0))
+    return "\n\n".join(filter(None, (headline(results.machine) + ".", warning)))
 
 
-def time_table(results: Results, dtype: str, mode: str) -> Table:
-    """Median seconds, peers by N."""
-    return _by_size(results, dtype, mode, lambda row: _seconds(row.seconds["median"]))
-
-
-def ratio_table(results: Results, dtype: str, mode: str) -> Table:
-    """How many times as long as the first peer in the same round (median), peers by N."""
-    return _by_size(results, dtype, mode, lambda row: f"{row.ratio['median']:.2f}x" if row.ratio else "")
-
-
-def memory_table(results: Results, dtype: str, mode: str) -> Table:
-    """Peak MiB above inputs and gradients, peers by N."""
-    return _by_size(results, dtype, mode, lambda row: _mib(row.peak_mib))
-
-
-def floor_table(results: Results, dtype: str, mode: str) -> Table:
-    """Floor / time, peers by N; for 16-bit features the fp32 floor's share in parentheses."""
-    return _by_size(results, dtype, mode, _shares)
-
-
-def error_table(results: Results, dtype: str, mode: str) -> Table:
-    """The worst relative error of loss and gradients against float64, peers by N."""
-    return _by_size(results, dtype, mode, lambda row: f"{max(row.error.values()):.0e}")
-
-
-def exponent_table(results: Results) -> Table:
-    """p of time ~ N^p, peers by dtype and mode."""
-    groups = [(dtype, mode) for dtype, mode in results.groups()]
-    lines = []
-    for peer in results.names("peer"):
-        found = [results.exponent(peer=peer, dtype=dtype, mode=mode) for dtype, mode in groups]
-        if any(found):
-            label = results.find(peer=peer)[0].label
-            lines.append([label, *("" if p is None else f"{p:.2f}" for p in found)])
-    return [["", *(f"{dtype} {mode}" for dtype, mode in groups)], *lines]
-
-
-TABLES: dict[str, Callable[[Results, str, str], Table]] = {
-    "time": time_table,
-    "ratio": ratio_table,
-    "memory": memory_table,
-    "floor": floor_table,
-    "error": error_table,
-}
+def slug(mode: str) -> str:
+    """A mode as it stands in a marker."""
+    return "training" if mode == TRAINING else re.sub(r"[^a-z0-9]+", "-", mode.lower())
 
 
 def named_table(results: Results, name: str) -> str:
     """The Markdown that belongs between the markers of TABLE = name. Raises ValueError for a name nobody knows."""
     if name == "machine":
-        return "\n\n".join(filter(None, (headline(results.machine) + ".", noise_warning(results.machine))))
+        return where(results)
     if name == "exponent":
-        return _markdown(exponent_table(results))
+        return markdown(tables.exponents(results))
+    if name == "not-run":
+        return markdown(tables.not_run(results))
     kind, _, rest = name.partition("-")
-    dtype, _, mode = rest.partition("-")
-    if kind not in TABLES or mode not in MODE_NAMES:
-        raise ValueError(f"no table is called {name!r}; they are machine, exponent and e.g. time-fp32-training")
-    table = TABLES[kind](results, dtype, MODE_NAMES[mode])
-    if len(table) == 1:
-        raise ValueError(f"this results file has no rows for table {name!r}")
-    return _markdown(table)
+    if kind == "extra" and rest in results.extra:
+        return markdown(tables.extra(results.extra[rest]))
+    if kind == "width" and rest in tables.KINDS:
+        return markdown(tables.by_width(results, rest))
+    case, kind, rest = ("clip", kind, rest) if kind in tables.KINDS else (kind, *rest.partition("-")[::2])
+    dtype, _, mode_slug = rest.partition("-")
+    mode = next((mode for _, mode in results.groups(case) if slug(mode) == mode_slug), None)
+    if kind not in tables.KINDS or mode is None or not results.find(case=case, dtype=dtype, mode=mode):
+        raise ValueError(f"this results file has no table {name!r}; one would be time-fp32-training")
+    return markdown(tables.by_size(results, kind, case, dtype, mode))
 
 
 def rewrite(text: str, results: Results) -> str:
@@ -128,49 +111,23 @@ def rewrite(text: str, results: Results) -> str:
     return MARKED.sub(fresh, text)
 
 
-def _group_cells(row: Row) -> tuple[str, ...]:
+def markdown(table: Table) -> str:
+    head, *lines = table
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def _cells(row: Row) -> tuple[str, ...]:
     return (
-        "  " + row.label,
-        _seconds(row.seconds["median"]),
-        f"{_seconds(row.seconds['low'])} - {_seconds(row.seconds['high'])}",
-        f"{row.ratio['median']:.2f}x" if row.ratio else "",
-        _mib(row.peak_mib),
-        f"{row.share:.2f}",
-        f"{row.fp32_share:.2f}" if row.dtype != "fp32" else "",
-        f"{max(row.error.values()):.0e}",
+        f"  {row.label}{' (wrong)' if row.status == 'wrong' else ''}",
+        tables.time_cell(row),
+        f"{tables.seconds(row.seconds['low'])} - {tables.seconds(row.seconds['high'])}",
+        tables.ratio_cell(row),
+        tables.memory_cell(row),
+        tables.spread(row.share) if row.share else "",
+        f"{row.fp32_share['median']:.2f}" if row.fp32_share and row.dtype != "fp32" else "",
+        tables.error_cell(row),
     )
-
-
-def _by_size(results: Results, dtype: str, mode: str, cell: Callable[[Row], str]) -> Table:
-    sizes = sorted(results.names("n", dtype=dtype, mode=mode))
-    lines = []
-    for peer in results.names("peer", dtype=dtype, mode=mode):
-        rows = {row.n: row for row in results.find(peer=peer, dtype=dtype, mode=mode)}
-        label = next(iter(rows.values())).label
-        lines.append([label, *(_cell(rows.get(n), cell) for n in sizes)])
-    return [["", *(f"N={n}" for n in sizes)], *lines]
-
-
-def _cell(row: Row | None, cell: Callable[[Row], str]) -> str:
-    """A dash where it was not run, the status where it failed or had no room."""
-    if row is None or row.status == "not run":
-        return "-"
-    return cell(row) if row.status == "measured" else row.status
-
-
-def _shares(row: Row) -> str:
-    return f"{row.share:.2f}" if row.dtype == "fp32" else f"{row.share:.2f} ({row.fp32_share:.2f})"
-
-
-def _seconds(value: float) -> str:
-    value, unit = (value * 1e3, "ms") if value < 0.1 else (value, "s")
-    return f"{value:#.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"
-
-
-def _mib(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.0f} MiB" if value < 10240 else f"{value / 1024:.1f} GiB"
 
 
 def _aligned(table: list) -> list[str]:
@@ -186,18 +143,12 @@ def _plain(table: Table) -> str:
     return "\n".join("  " + line for line in _aligned(table)) + "\n"
 
 
-def _markdown(table: Table) -> str:
-    head, *lines = table
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
 @dataclass(frozen=True)
 class ReportConfig:
     """Print the tables of a results file, or write them into documents between their markers."""
 
     results: tyro.conf.Positional[Path]
-    """A file that `python -m benchmarks` wrote."""
+    """A file that `fastclip bench` wrote."""
     docs: tuple[Path, ...] = ()
     """Documents to rewrite; nothing is printed then."""
 

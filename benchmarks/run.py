@@ -1,164 +1,196 @@
-"""In which order it is measured. For every N, dtype and mode: who can run, peak memory and correctness of each in a
-process of its own, correctness here, then paired runs of all that passed.
+"""In which order it is measured. For every problem: who can run; peak memory and correctness of each, in a process of
+its own; then paired runs of all that passed, spread over several processes.
 """
 
-import gc
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 
-import torch
-
-from benchmarks import memory
-from benchmarks.config import Config
-from benchmarks.gemm import Ceiling
-from benchmarks.measure import Call, Spread, interleaved, make_call, paired_ratio
-from benchmarks.peers import PEERS, dense
-from benchmarks.problems import TRAINING, Problem
-from benchmarks.results import Results, Row
-from benchmarks.truth import Truth, complaint, errors, truth
+from fastclip.benchmarks import memory
+from fastclip.benchmarks.case import Case, Peer, Problem, Truth, errors
+from fastclip.benchmarks.cases import CASES
+from fastclip.benchmarks.children import ChildError, run_in_child
+from fastclip.benchmarks.config import Config
+from fastclip.benchmarks.measure import Spread, paired
+from fastclip.benchmarks.results import Results, Row
+from fastclip.benchmarks.timing import Rounds, Schedule, measure_rounds
 
 HOPELESS = 12  # a peer this many times slower than the fastest is followed up to calls of HOPELESS_S only
-HOPELESS_S = 6.0
-COLD_IS_WARM_S = 5.0  # a call this long does not notice a cold start
+HOPELESS_S = 2.0
+COLD_IS_WARM_S = 4.0  # a call this long does not notice a cold start
 YARDSTICK_ROWS = 1024
 
 
 class Runner:
-    """One run of the suite. `tell` is called with what is being done, `finished` with each group's rows."""
+    """One run of the suite. `tell` is called with what is being done, `finished` with each problem's rows."""
 
     def __init__(self, config: Config, results: Results, tell: Callable[[str], None]) -> None:
         self.config, self.results, self.tell = config, results, tell
-        torch.set_num_threads(config.threads)
         self.limit_mib = config.memory_limit_gib * 1024 if config.memory_limit_gib else 0.8 * memory.available_mib()
-        tell("matrix products")
-        self.ceilings = {dtype: Ceiling(dtype, config.d) for dtype in dict.fromkeys(("fp32", *config.dtypes))}
-        self.dense_error = {dtype: self._yardstick(dtype) for dtype in config.dtypes}
+        self.yardsticks: dict[tuple[str, str], dict[str, float]] = {}
+        self.problems = [
+            problem for case in CASES.values() if config.wants(case.name) for problem in case.problems(config)
+        ]
 
     def steps(self) -> int:
-        """How often `tell` will be called from now on."""
-        config = self.config
-        groups = [sum(config.wants(peer, problem.dtype) for peer in config.peers) + 1 for problem in config.problems()]
-        return len(groups) + len(config.modes) * sum(groups)
+        """How often `tell` will be called, at most."""
+        return sum(len(self._wanted(CASES[problem.case], problem)) + 1 for problem in self.problems)
 
     def run(self, finished: Callable[[list[Row]], None]) -> None:
-        for problem in self.config.problems():
-            self.tell(f"N={problem.n} {problem.dtype}: float64 reference")
-            expected = truth(problem.batch())
-            for mode in self.config.modes:
-                rows = self._group(problem, mode, expected)
-                self.results.rows += rows
-                finished(rows)
+        for problem in self.problems:
+            rows = self._problem(CASES[problem.case], problem)
+            self.results.add(rows)
+            finished(rows)
 
-    def _group(self, problem: Problem, mode: str, expected: Truth) -> list[Row]:
-        rows, calls = [], {}
-        batch = problem.batch()
-        # The dense loss first: its error is the yardstick for the others.
-        names = sorted(self.config.peers, key=lambda name: name != "dense")
-        for name in names:
-            if not self.config.wants(name, problem.dtype):
+    def again(self, problems: list[Problem]) -> None:
+        """Measures these problems anew, in place of what the results have."""
+        for problem in problems:
+            self.results.add(self._problem(CASES[problem.case], problem))
+
+    def _wanted(self, case: Case, problem: Problem) -> list[Peer]:
+        """The plain form first: its error is the yardstick for the others."""
+        peers = [peer for peer in case.peers.values() if case.wants(peer, problem, self.config)]
+        return sorted(peers, key=lambda peer: peer.name != case.reference)
+
+    def _problem(self, case: Case, problem: Problem) -> list[Row]:
+        rows, truth, passed = {}, None, []
+        for peer in self._wanted(case, problem):
+            self.tell(f"{problem}: {peer.label}")
+            row = Row(case.name, peer.name, peer.label, problem.n, problem.d, problem.dtype, problem.mode)
+            rows[peer.name] = row
+            row.status, row.note = self._verdict(peer, problem)
+            if row.status != "to run":
                 continue
-            self.tell(f"N={problem.n} {problem.dtype} {mode}: {PEERS[name].label}")
-            row = Row(name, PEERS[name].label, problem.n, problem.d, problem.dtype, mode)
-            row.status, row.note = self._verdict(name, problem, mode)
-            if row.status == "to run":
-                call = make_call(PEERS[name].build(), batch, mode)
-                if self._check(row, call, problem, expected):
-                    calls[name] = call
-            rows.append(row)
-        rows.sort(key=lambda row: self.config.peers.index(row.peer))
-        self.tell(f"N={problem.n} {problem.dtype} {mode}: paired runs")
-        self._time([row for row in rows if row.peer in calls], calls, problem, mode)
-        return rows
+            truth = truth or case.truth(problem)
+            if self._check(case, peer, row, problem, truth):
+                passed.append(row)
+        in_order = [rows[name] for name in case.peers if name in rows]
+        if passed:
+            self.tell(f"{problem}: paired runs")
+            self._time([row for row in in_order if row in passed], case, problem, truth)
+        return in_order
 
-    def _verdict(self, name: str, problem: Problem, mode: str) -> tuple[str, str]:
+    def _verdict(self, peer: Peer, problem: Problem) -> tuple[str, str]:
         """Status and note of a peer that is not run on this problem, or "to run"."""
-        reason = PEERS[name].why_not()
+        reason = peer.why_not()
         if reason:
             return "not run", reason
-        needed = PEERS[name].predicted_mib(problem.n)
+        needed = peer.predicted_mib(problem)
         if needed > self.limit_mib:
             return "out of memory", f"needs about {needed / 1024:.0f} GiB, the limit is {self.limit_mib / 1024:.0f} GiB"
-        expected_s = self._expected_seconds(problem, mode)
-        own_s, limit_s = expected_s.get(name, 0.0), self.config.call_limit_s
+        expected_s = self._expected_seconds(problem)
+        own_s, limit_s = expected_s.get(peer.name, 0.0), self.config.call_limit_s
         if own_s > HOPELESS * min(expected_s.values(), default=0.0):
             limit_s = min(limit_s, HOPELESS_S)
         if own_s > limit_s:
             return "not run", f"about {own_s:.0f} s a call expected, the limit is {limit_s:.3g} s"
         return "to run", ""
 
-    def _expected_seconds(self, problem: Problem, mode: str) -> dict[str, float]:
+    def _expected_seconds(self, problem: Problem) -> dict[str, float]:
         """Seconds a call of every peer: the last N's times the ratio of N^2; a peer given up earlier keeps its last."""
         latest = {}
-        for row in self.results.measured(dtype=problem.dtype, mode=mode):
-            latest[row.peer] = row.seconds["median"] * (problem.n / row.n) ** 2
+        wanted = {"case": problem.case, "d": problem.d, "dtype": problem.dtype, "mode": problem.mode}
+        for row in self.results.measured(**wanted):
+            if row.n < problem.n:
+                latest[row.peer] = row.seconds["median"] * (problem.n / row.n) ** 2
         return latest
 
-    def _check(self, row: Row, call: Call, problem: Problem, expected: Truth) -> bool:
-        """Fills in memory and errors; False, with the reason in the row, where the result is wrong."""
-        if self.config.memory:
-            child = memory.run_in_child(row.peer, problem, row.mode, expected, self.config.threads)
-            if child.failure:
-                return self._fail(row, child.failure)
-            row.peak_mib, row.peak_method, row.child_s = child.peak_mib, child.method, child.seconds
-            if not self._accept(row, child.error, problem.dtype):
-                return False
-        if _is_slow(row) and not PEERS[row.peer].compiles:
-            return True
+    def _check(self, case: Case, peer: Peer, row: Row, problem: Problem, truth: Truth) -> bool:
+        """Peak memory and error in a process of its own; whether the peer is to be timed."""
+        if not self.config.memory:
+            return True  # the warm-up of the paired runs checks it
+        threads = self.config.threads
         try:
-            found = call()
-        except (RuntimeError, MemoryError) as error:
-            return self._fail(row, f"{type(error).__name__}: {str(error).splitlines()[0]}")
-        return self._accept(row, errors(found, expected), problem.dtype)
+            peak = run_in_child(memory.measure_peak, peer.name, problem, truth, threads=threads)
+        except ChildError as error:
+            row.status, row.note = "failed", str(error)
+            return False
+        row.peak_mib, row.peak_method, row.child_s, row.error = peak.peak_mib, peak.method, peak.seconds, peak.error
+        if peer.name == case.reference:
+            self.yardsticks[case.name, problem.dtype] = self._yardstick(case, problem) | peak.error
+        wrong = case.complaint(peak.error, self._yardstick(case, problem), problem.dtype)
+        if wrong:
+            row.status, row.note = "wrong", wrong
+        return wrong is None or self.config.time_wrong
 
-    def _accept(self, row: Row, error: dict[str, float], dtype: str) -> bool:
-        row.error = error
-        if row.peer == "dense":
-            self.dense_error[dtype] = self.dense_error[dtype] | error
-        wrong = complaint(error, self.dense_error[dtype], dtype)
-        return self._fail(row, wrong) if wrong else True
+    def _yardstick(self, case: Case, problem: Problem) -> dict[str, float]:
+        """The plain form's errors: on this problem or the last it ran on, else on a small one."""
+        key = case.name, problem.dtype
+        if key not in self.yardsticks:
+            small = problem.of_size(YARDSTICK_ROWS)
+            if case.peers[case.reference].why_not():
+                return {}
+            found = case.peers[case.reference].prepare(small)()
+            self.yardsticks[key] = errors(case.observe(found, small), case.truth(small))
+        return self.yardsticks[key]
 
-    def _fail(self, row: Row, reason: str) -> bool:
-        row.status, row.note = "failed", reason
-        return False
+    def _time(self, rows: list[Row], case: Case, problem: Problem, truth: Truth) -> None:
+        """Paired runs in several processes, and what follows from them."""
+        names = [row.peer for row in rows]
+        processes, schedule = self._schedule(rows)
+        yardstick = self._yardstick(case, problem)
+        measured = []
+        for _ in range(processes):
+            arguments = (names, problem, truth, yardstick, schedule, self.config.time_wrong)
+            try:
+                measured.append(run_in_child(measure_rounds, *arguments, threads=self.config.threads))
+            except ChildError as error:
+                for row in rows:
+                    row.status, row.note = "failed", f"paired runs: {error}"
+                return
+        failures = {name: reason for rounds in measured for name, reason in rounds.failure.items()}
+        for row in rows:
+            if row.peer in failures:
+                wrong = failures[row.peer].startswith("wrong")
+                row.status, row.note = "wrong" if wrong else "failed", failures[row.peer]
+        timed = [row for row in rows if row.peer not in failures]
+        times = {row.peer: [s for rounds in measured for s in rounds.seconds[row.peer]] for row in timed}
+        self._summarise(timed, times, case, problem, measured, first_round=not schedule.warm)
 
-    def _time(self, rows: list[Row], calls: dict[str, Call], problem: Problem, mode: str) -> None:
-        ceilings = {self.ceilings["fp32"], self.ceilings[problem.dtype]}
-        for ceiling in ceilings:
-            ceiling.start()
+    def _schedule(self, rows: list[Row]) -> tuple[int, Schedule]:
+        """How many processes, and what each is to do."""
+        known = [row.child_s or 0.0 for row in rows]
+        each_s = self.config.group_s / self.config.processes
+        if min(known) > COLD_IS_WARM_S:  # the calls that measured memory are a round too
+            return 2, Schedule(range(1, 2), each_s, warm=False)
+        least = 3 if 4 * sum(known) < each_s else 1
+        return self.config.processes, Schedule(range(least, 12), each_s)
 
-        def between() -> None:
-            gc.collect()
-            for ceiling in ceilings:
-                ceiling.sample()
-
-        in_order = {row.peer: calls[row.peer] for row in rows}
-        # Where every call is slow, those in the processes of their own were a round too.
-        first_round = {row.peer: [row.child_s] for row in rows} if all(map(_is_slow, rows)) else {}
-        rounds = self.config.rounds()
-        rounds = range(rounds.start - bool(first_round), rounds.stop)
-        times = interleaved(in_order, between, rounds, self.config.group_s)
-        times = {peer: first_round.get(peer, []) + runs for peer, runs in times.items()}
-        base = times.get(self.config.peers[0])
+    def _summarise(self, rows, times, case: Case, problem: Problem, measured: list[Rounds], first_round: bool) -> None:
+        flop, moved = case.floor(problem)
+        gflops = {dtype: _fastest(measured, dtype) for dtype in measured[0].gflops}
+        base = times.get(rows[0].peer) if rows and rows[0].peer == self._first(case, problem) else None
         for row in rows:
             runs = times[row.peer]
-            row.status, row.seconds = "measured", asdict(Spread.of(runs))
-            row.ratio = asdict(paired_ratio(runs, base)) if base else None
-            self._shares(row, problem.flop(mode))
+            row.status = "wrong" if row.status == "wrong" else "measured"
+            for rounds in measured:
+                for name, value in rounds.error.get(row.peer, {}).items():
+                    row.error[name] = max(value, row.error.get(name, 0.0))
+            everything = [row.child_s, *runs] if first_round and row.child_s else runs
+            row.seconds = asdict(Spread.of(everything))
+            row.ratio = asdict(paired(runs, base)) if base else None
+            if not flop:
+                continue
+            rate, row.gemm_library = gflops[row.dtype]
+            row.byte_floor_s = moved / Spread.of([rounds.gbytes for rounds in measured]).median / 1e9
+            floors = [max(flop / r / 1e9, row.byte_floor_s) for r in rate]
+            row.gemm_gflops, row.floor_s = Spread.of(rate).median, Spread.of(floors).median
+            row.share = asdict(paired(floors, runs))
+            fp32_floors = [max(flop / r / 1e9, row.byte_floor_s) for r in gflops["fp32"][0]]
+            row.fp32_share = asdict(paired(fp32_floors, runs))
 
-    def _shares(self, row: Row, flop: int) -> None:
-        rate, row.gemm_library = self.ceilings[row.dtype].gflops()
-        fp32_rate, _ = self.ceilings["fp32"].gflops()
-        row.gemm_gflops = rate.median
-        row.floor_s = flop / rate.median / 1e9
-        row.share = row.floor_s / row.seconds["median"]
-        row.fp32_share = flop / fp32_rate.median / 1e9 / row.seconds["median"]
-
-    def _yardstick(self, dtype: str) -> dict[str, float]:
-        """The dense loss's errors on a small batch, for sizes at which it does not run."""
-        self.tell(f"{dtype}: error of the dense loss")
-        batch = Problem(YARDSTICK_ROWS, self.config.d, dtype).batch()
-        return errors(make_call(dense, batch, TRAINING)(), truth(batch))
+    def _first(self, case: Case, problem: Problem) -> str:
+        """The peer that the others' times are divided by."""
+        return next(name for name, peer in case.peers.items() if case.wants(peer, problem, self.config))
 
 
-def _is_slow(row: Row) -> bool:
-    return row.child_s is not None and row.child_s > COLD_IS_WARM_S
+def _fastest(measured: list[Rounds], dtype: str) -> tuple[list[float], str]:
+    """GFLOP/s round by round of the library with the highest median, and which that is."""
+    rates = defaultdict(list)
+    for rounds in measured:
+        for library, samples in rounds.gflops[dtype].items():
+            rates[library] += samples
+    rounds_made = max(map(len, rates.values()))
+    rates = {library: samples for library, samples in rates.items() if len(samples) == rounds_made}
+    library = max(rates, key=lambda name: Spread.of(rates[name]).median)
+    return rates[library], library

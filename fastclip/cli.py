@@ -12,18 +12,28 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from fastclip.commands.bench import Bench
+from fastclip.commands.classify import Classify
 from fastclip.commands.demo import Demo
 from fastclip.commands.env import Env
+from fastclip.commands.eval import Eval
+from fastclip.commands.probe import Probe
 from fastclip.commands.search import Search
 from fastclip.commands.train import Train
 from fastclip.commands.tune import Tune
+from fastclip.commands.vocabulary import Vocabulary
 from fastclip.errors import UserError
 
 COMMANDS = {
     "demo": Demo,
     "train": Train,
     "search": Search,
+    "classify": Classify,
+    "probe": Probe,
+    "eval": Eval,
+    "vocabulary": Vocabulary,
     "env": Env,
+    "bench": Bench,
     "tune": Tune,
 }
 

@@ -20,6 +20,7 @@ LEVELS = {
     "__main__": 8,
     "cli": 7,
     "commands": 6,
+    "benchmarks": 6,
     "train": 5,
     "evaluate": 4,
     "env": 5,

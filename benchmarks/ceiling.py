@@ -1,7 +1,7 @@
-"""The fastest matrix product that torch reaches here, which sets the floor of every loss: FLOP / rate.
+"""What this machine can do at best, which sets the floor of every case: matrix products, and moving memory.
 
-Two libraries (torch.mm, which is MKL in x86 wheels, and oneDNN) are tried on the loss's two kinds of product, long and
-flat [n, D] [D, n] and square times tall [n, n] [n, D]; each library's better one is then run between the timed calls.
+Two libraries (torch.mm, which is MKL in x86 wheels, and oneDNN) are tried on the losses' two kinds of product, long and
+flat [n, D] [D, n] and square times tall [n, n] [n, D]; each library's better one is then run once a round.
 """
 
 import time
@@ -10,12 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Spread
-from benchmarks.problems import DTYPES
+from fastclip.benchmarks.case import DTYPES
 
 TRIAL_ROWS, ROWS = 512, (1024, 2048)  # n: the larger one where a product then takes under PRODUCT_S
 PRODUCT_S = 0.05
-PAUSE = 4  # times as long as a sampling took passes before the next, so that it never takes most of the time
+COPY_MIB = 64  # past the caches of one core, as features are
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -30,11 +29,11 @@ LIBRARIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch.mm": _mm, "on
 
 
 class Ceiling:
-    """GFLOP/s of the fastest products of one dtype, sampled while other things are timed."""
+    """GFLOP/s of the fastest products of one dtype: library -> one rate a round."""
 
     def __init__(self, dtype: str, d: int) -> None:
         self.d = d
-        self.samples: dict[str, list[float]] = {}
+        self.rates: dict[str, list[float]] = {}
         self.shapes: dict[str, tuple[Tensor, Tensor]] = {}
         trial = {name: self._trial(name, dtype) for name in LIBRARIES}
         best = max(max(rates, default=0.0) for rates in trial.values())
@@ -45,8 +44,7 @@ class Ceiling:
                 rows = large if 2 * large**2 * d / max(rates) / 1e9 < PRODUCT_S else small
                 flat, square = _operands(rows, d, dtype)
                 self.shapes[name] = max((flat, square), key=lambda ab, name=name: _rate(name, *ab, repeats=3))
-                self.samples[name] = []
-        self.next = 0.0
+                self.rates[name] = []
 
     def _trial(self, name: str, dtype: str) -> list[float]:
         try:
@@ -54,27 +52,22 @@ class Ceiling:
         except RuntimeError:
             return []  # oneDNN has no bf16 product on this instruction set
 
-    def start(self) -> None:
-        """Forget earlier samples: what follows is timed against what is sampled from now on."""
-        for samples in self.samples.values():
-            samples.clear()
-        self.next = 0.0
-
     def sample(self) -> None:
-        """A product of each library, unless the last ones were only just made."""
-        start = time.perf_counter()
-        if start < self.next:
-            return
+        """One product of each library, the better of two runs."""
         for name, (a, b) in self.shapes.items():
-            self.samples[name].append(_rate(name, a, b, repeats=2))
-        end = time.perf_counter()
-        self.next = end + PAUSE * (end - start)
+            self.rates[name].append(_rate(name, a, b, repeats=2))
 
-    def gflops(self) -> tuple[Spread, str]:
-        """The rate of the faster library over this sampling, GFLOP/s, and which that is."""
-        rates = {name: Spread.of(samples) for name, samples in self.samples.items()}
-        name = max(rates, key=lambda name: rates[name].median)
-        return rates[name], name
+
+def bandwidth() -> float:
+    """GB/s of a copy that no cache holds, bytes read and bytes written together."""
+    source = torch.ones(COPY_MIB * 2**18)
+    target = torch.empty_like(source)
+    fastest = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * COPY_MIB * 2**20 / fastest / 1e9
 
 
 def _operands(n: int, d: int, dtype: str) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
