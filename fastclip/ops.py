@@ -98,12 +98,14 @@ class _SimilaritySums(torch.autograd.Function):
         _, _, row_shift, col_shift, _, kept = output
         ctx.save_for_backward(x, y, scale, positive, row_shift, col_shift, *mask, kept)
         ctx.mark_non_differentiable(row_shift, col_shift, kept)
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
     @staticmethod
     def backward(ctx, grad_row_sum, grad_col_sum, _row_shift, _col_shift, grad_pos, _kept):
         x, y, scale, positive, row_shift, col_shift, *rest = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
-        weights = (grad_row_sum, grad_col_sum, grad_pos)
+        given, like = (grad_row_sum, grad_col_sum, grad_pos), (row_shift, col_shift, row_shift)
+        weights = [torch.zeros_like(u) if g is None else g for g, u in zip(given, like, strict=True)]
         # Gradients that may be differentiated again are tied to their inputs, so that doing it raises.
         run = _SimilaritySumsBackward.apply if torch.is_grad_enabled() else torch.ops.fastclip.similarity_sums_backward
         grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *rest)

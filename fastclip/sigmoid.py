@@ -68,12 +68,13 @@ class _SigmoidLoss(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, *grads = output
         ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)  # no zeros for the gradients' own gradients: they are as large as the features
         ctx.save_for_backward(*inputs[:4], *grads)
 
     @staticmethod
     def backward(ctx, upstream, *_):
         inputs, grads = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        scaled = _ScaleOnce.apply(upstream, *inputs, *grads)
+        scaled = _scaled(upstream, *inputs, *grads)
         return *wanted(scaled, ctx.needs_input_grad[:4]), *(None,) * 8
 
 
@@ -101,8 +102,16 @@ class _SigmoidRows(torch.autograd.Function):
         grads = torch.ops.fastclip.sigmoid_loss(
             x, y, scale, bias, positive, upstream, ctx.normalize, needs, ctx.backend, row_ids, col_ids, ctx.match
         )[1:]
-        grads = _ScaleOnce.apply(torch.ones_like(scale), x, y, scale, bias, *grads)
+        if torch.is_grad_enabled():
+            grads = _ScaleOnce.apply(torch.ones_like(scale), x, y, scale, bias, *grads)
         return *wanted(grads, needs), *(None,) * 7
+
+
+def _scaled(upstream, x, y, scale, bias, *grads):
+    """upstream times each gradient; where they may be differentiated again, tied to the inputs so that doing it raises."""
+    if torch.is_grad_enabled():
+        return _ScaleOnce.apply(upstream, x, y, scale, bias, *grads)
+    return _ScaleOnce.forward(upstream, x, y, scale, bias, *grads)
 
 
 class _ScaleOnce(torch.autograd.Function):
