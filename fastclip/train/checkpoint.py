@@ -19,6 +19,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,9 +69,6 @@ def write(
     configuration. UserError when the disk is full or not writable.
     """
     final = run / FOLDER / f"step-{state.step:08d}"
-    # One process answers for all: another might look after the first has renamed.
-    if world.from_first(final.is_dir()):
-        return final
     growing = final.with_name(f".{final.name}")
     with explained(growing):
         if world.first:
@@ -97,6 +95,8 @@ def write(
             manifest = {"format": FORMAT, "step": state.step, "processes": world.size, "files": listed}
             save_json(growing / MANIFEST, manifest)
             flush_folder(growing)
+            if final.is_dir():  # a damaged one, that the run has been resumed before
+                os.rename(final, final.with_name(f".{final.name}-damaged"))
             os.rename(growing, final)
             flush_folder(final.parent)
             prune(run, keep)
@@ -114,7 +114,10 @@ def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
     tensors = {**state.weights(), **state.moments()}
     stored = sharded.HuggingFaceStorageReader(str(folder))
     check_names(folder, tensors, stored)
-    sharded.load(tensors, storage_reader=stored, no_dist=world.group is None)
+    with warnings.catch_warnings():
+        # It says that a process alone loads alone.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        sharded.load(tensors, storage_reader=stored, no_dist=world.group is None)
     state.load_counters(load_json(folder / COUNTERS)["counters"])
     if manifest["processes"] != world.size:
         return False

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from fastclip.errors import UserError
+from fastclip.train.config import TrainConfig
 
 # What cross_entropy(S) + cross_entropy(S.T) holds at its peak.
 DENSE_MATRICES = 4
@@ -40,3 +45,21 @@ def memory(batch: int) -> dict[str, float | str]:
         "dense_mib_at_32768": dense_mib(32768),
         "dense_counts": DENSE_COUNTS,
     }
+
+
+@contextmanager
+def out_of_memory_explained(config: TrainConfig, pairs: int) -> Iterator[None]:
+    """Running out of memory inside becomes a UserError that names the setting to lower; `pairs` of each process."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+        if not is_memory:
+            raise
+        if config.micro_batch is None:
+            advice = f"set --micro-batch, such as {max(1, pairs // 8)}: the result is that of the whole batch"
+        else:
+            advice = "lower --micro-batch"
+        raise UserError(
+            f"out of memory with --batch {config.batch} and --micro-batch {config.micro_batch}; {advice}"
+        ) from error

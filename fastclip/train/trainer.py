@@ -18,6 +18,7 @@ from fastclip.train.evaluate_hook import Evaluation
 from fastclip.train.flops import training_flops
 from fastclip.train.log import METRICS, RunLog
 from fastclip.train.loop import fit
+from fastclip.train.memory import out_of_memory_explained
 from fastclip.train.optimizer import Average, make_optimizer
 from fastclip.train.parallel import World, full_tensor, processes, restarted
 from fastclip.train.progress import Progress
@@ -57,7 +58,8 @@ def train(config: TrainConfig) -> int:
             log = RunLog(config, world, progress, config.out, flops)
             step = TrainStep(state, make_encode(model, config, world), schedule, config, world)
             evaluate = held_out and Evaluation(state, held_out, config, world)
-            stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
+            with out_of_memory_explained(config, config.batch // world.size):
+                stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
             log.close()
         if stopped:
             world.say(f"Stopped by a signal after step {state.step}; --resume latest goes on from there.")

@@ -1,0 +1,28 @@
+"""Fixtures of the trainer's tests."""
+
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+pytest.importorskip("pyarrow")
+
+from tiny import make_data, make_start, tiny_config
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(out, **changes) -> TrainConfig on a small table, from the same initial weights each time."""
+    data = make_data(tmp_path_factory.mktemp("data"))
+    start = make_start(tmp_path_factory.mktemp("start"))
+    return lambda out, **changes: tiny_config(start, data, out, **changes)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products on several threads wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

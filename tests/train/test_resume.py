@@ -1,0 +1,174 @@
+"""A run that is stopped and resumed ends with the weights of the run that was not."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from cases import run_python
+from tiny import assert_same, command, run, weights
+
+from fastclip import clip
+from fastclip.errors import UserError
+from fastclip.train import checkpoint
+from fastclip.train.trainer import train
+
+
+def forget(run_folder, after):
+    """As if the run had been killed just after the checkpoint of that step."""
+    for folder in (run_folder / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > after:
+            shutil.rmtree(folder)
+    (run_folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": {"ema": 0.9, "clip_norm": 0.5}},
+        {"loss": "siglip"},
+        {"micro_batch": 3},
+        {"precision": {"dtype": "bf16"}},
+        {"precision": {"dtype": "fp16"}},
+        {"model": {"lock_image": True}},
+        {"workers": 1},
+    ],
+    ids=["plain", "ema", "siglip", "micro-batch", "bf16", "fp16", "locked", "worker"],
+)
+def test_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, changes):
+    # The checkpoint of step 8 lies in the middle of the second epoch.
+    want = run(tiny(tmp_path, checkpoint={"every": 4, "keep": 3}, **changes))
+    states = [checkpoint.load_json(tmp_path / "checkpoints" / f"step-{step:08d}" / "counters.json") for step in (8, 12)]
+    assert [state["counters"]["step"] for state in states] == [8, 12]
+    records = (tmp_path / "metrics.jsonl").read_text()
+    forget(tmp_path, after=8)
+    torch.manual_seed(1234)  # the resumed run must not depend on what was there
+    assert_same(run(tiny(tmp_path, resume="latest", checkpoint={"every": 4, "keep": 3}, **changes)), want)
+    steady = ("step", "loss", "scale", "accuracy", "gradient_norm")
+    assert [picked(line, steady) for line in records.splitlines()] == [
+        picked(line, steady) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+
+
+def picked(line, names):
+    return {name: value for name, value in json.loads(line).items() if name in names}
+
+
+def test_checkpoint_says_what_it_holds_and_has_no_pickle_in_it(tiny, tmp_path):
+    run(tiny(tmp_path))
+    folder = tmp_path / "checkpoints" / "step-00000012"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {path.name for path in folder.iterdir()} - {"manifest.json"}
+    assert manifest["files"].keys() == files >= {"model.safetensors", "state.safetensors", "process-0.pt"}
+    assert manifest["step"] == 12 and manifest["processes"] == 1
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    own = torch.load(folder / "process-0.pt", weights_only=True)
+    assert own.keys() == {"random", "loader"}
+    # A checkpoint is a model folder, and the run's folder holds the same model in the end.
+    assert_same(weights(tmp_path), clip.load(folder).state_dict())
+
+
+def test_only_the_newest_are_kept_and_half_ones_go(tiny, tmp_path):
+    (tmp_path / "checkpoints" / ".step-00000002").mkdir(parents=True)
+    run(tiny(tmp_path, checkpoint={"every": 3, "keep": 2}, resume="latest"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: truncate(folder / "state.safetensors", 100), "state.safetensors has 100 bytes"),
+        (lambda folder: flip_a_bit(folder / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda folder: (folder / "process-0.pt").unlink(), "process-0.pt is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+    ],
+    ids=["truncated", "flipped bit", "missing file", "missing manifest", "bad manifest"],
+)
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, tmp_path, capsys, damage, reason):
+    want = run(tiny(tmp_path))
+    damage(tmp_path / "checkpoints" / "step-00000012")
+    assert_same(run(tiny(tmp_path, resume="latest")), want)
+    said = capsys.readouterr().out
+    assert "warning" in said and reason in said and "Resumed from" in said and "step-00000008" in said
+    # It has been written anew. Asked for by name a damaged one is an error.
+    folder = tmp_path / "checkpoints" / "step-00000012"
+    checkpoint.verify(folder)
+    damage(folder)
+    with pytest.raises(UserError, match=reason):
+        train(tiny(tmp_path, resume=str(folder)))
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_no_sound_checkpoint_at_all_is_an_error_not_a_new_run(tiny, tmp_path):
+    run(tiny(tmp_path))
+    for folder in (tmp_path / "checkpoints").iterdir():
+        truncate(folder / "model.safetensors", 10)
+    with pytest.raises(UserError, match=r"no sound checkpoint in .*: all 2 are damaged"):
+        train(tiny(tmp_path, resume="latest"))
+
+
+def test_checkpoint_of_another_model_or_optimiser_is_refused(tiny, tmp_path):
+    run(tiny(tmp_path / "run"))
+    folder = str(tmp_path / "run" / "checkpoints" / "step-00000012")
+    with pytest.raises(UserError, match="belongs to another model or optimiser: it has no ema"):
+        train(tiny(tmp_path / "b", resume=folder, optimizer={"ema": 0.5}))
+    other = {"start_from": None, "name": "glyph-conv"}
+    with pytest.raises(UserError, match="belongs to another model"):
+        train(tiny(tmp_path / "c", resume=folder, model=other))
+
+
+def test_a_run_is_not_overwritten(tiny, tmp_path):
+    run(tiny(tmp_path))
+    with pytest.raises(UserError, match="holds a run: --resume latest"):
+        train(tiny(tmp_path))
+
+
+def test_latest_begins_where_there_is_no_checkpoint(tiny, tmp_path, capsys):
+    want = run(tiny(tmp_path / "a"))
+    assert_same(run(tiny(tmp_path / "b", resume="latest")), want)
+    assert "No checkpoint in" in capsys.readouterr().out
+
+
+def test_changed_settings_are_named(tiny, tmp_path, capsys):
+    run(tiny(tmp_path))
+    run(tiny(tmp_path, resume="latest", schedule={"steps": 14}, optimizer={"learning_rate": 0.5}))
+    said = capsys.readouterr().out
+    assert "optimizer.learning_rate 0.01 -> 0.5; schedule.steps 12 -> 14" in said
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-2:] == [13, 14]
+
+
+def test_full_disk_is_one_message_and_leaves_the_earlier_ones(tiny, tmp_path):
+    config = tiny(tmp_path, checkpoint={"every": 1, "keep": 20})
+    code = f"""
+import resource, signal, sys
+from fastclip.train import checkpoint
+before = checkpoint.save_state
+def save_state(folder, state, world):
+    if state.step == 3:
+        # No file may grow beyond this any more, as on a full disk.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    before(folder, state, world)
+checkpoint.save_state = save_state
+sys.argv = {["fastclip", *command(config, tmp_path)[3:]]}
+from fastclip.cli import main
+main()
+"""
+    done = run_python(code, OMP_NUM_THREADS="1")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "cannot write a checkpoint into" in done.stderr and "File too large" in done.stderr
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
+    checkpoint.verify(tmp_path / "checkpoints" / "step-00000002")
