@@ -10,8 +10,7 @@ from fastclip.errors import UserError
 
 # The kinds. A sample with one of these cannot be used; another takes its place.
 SKIPPED = (
-    "corrupt image",
-    "image too large",
+    "bad image",
     "missing image",
     "missing caption",
     "empty caption",

@@ -85,7 +85,7 @@ def open_image(sample: Sample) -> Image.Image:
     try:
         return read_image(sample.image)
     except BadImage as error:
-        raise BadSample("corrupt image", f"{sample.name}: {error}") from error
+        raise BadSample("bad image", f"{sample.name}: {error}") from error
 
 
 def draw_caption(sample: Sample, generator: torch.Generator, report: DataReport) -> str:
@@ -121,8 +121,8 @@ def captions_in(extension: str, content: bytes, fields: Sequence[str]) -> list[s
     if extension == "txt":
         return [content]
     try:
-        # Numbers stay text: an integer of a million digits would take long. Bad bytes become what to_text counts.
-        value = json.loads(content.decode("utf-8-sig", "surrogateescape"), parse_int=str, parse_float=str)
+        # Python refuses integers of very many digits; no number is used. Bad bytes become what to_text counts.
+        value = json.loads(content.decode("utf-8-sig", "surrogateescape"), parse_int=float)
     except (ValueError, RecursionError):
         return []
     values = [value.get(field) for field in fields] if isinstance(value, dict) else [value]

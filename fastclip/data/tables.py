@@ -65,7 +65,7 @@ def read_table(table: str, columns: Sequence[str], problems: DataReport) -> pa.T
         if table.lower().endswith(".parquet"):
             found = pa.parquet.read_schema(table).names
             _require(table, columns, found)
-            return pa.parquet.read_table(table, columns=list(dict.fromkeys(columns)))
+            return _plain(pa.parquet.read_table(table, columns=list(dict.fromkeys(columns))))
         return _read_text(table, columns, problems)
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
@@ -97,6 +97,19 @@ def _read_text(table: str, columns: Sequence[str], problems: DataReport) -> pa.T
         null_values=[""],
     )
     return csv.read_csv(table, read_options=read, parse_options=parse, convert_options=convert)
+
+
+def _plain(table: pa.Table) -> pa.Table:
+    """Without dictionaries, and with offsets that do not overflow at 2 GB of text."""
+    import pyarrow as pa
+
+    def large(type_: pa.DataType) -> pa.DataType:
+        type_ = type_.value_type if pa.types.is_dictionary(type_) else type_
+        if pa.types.is_string(type_):
+            return pa.large_string()
+        return pa.large_binary() if pa.types.is_binary(type_) else type_
+
+    return table.cast(pa.schema([(column.name, large(column.type)) for column in table.schema]))
 
 
 def _require(table: str, columns: Sequence[str], found: Sequence[str]) -> None:

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from fastclip.data.sample import IMAGE_TYPES, LARGEST_IMAGE, LARGEST_TEXT, TEXT_TYPES, Sample, captions_in
 
 Note = Callable[[str, str], None]
-# Of the headers that hold long names. Bytes.
+# Of the headers that hold long names, which tarfile reads whole, and of any member, which it passes over chunk by chunk
+# even behind the file's end. Bytes.
 LARGEST_HEADER = 2**20
+LARGEST_MEMBER = 2**36
 LONG_NAMES = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -43,6 +45,8 @@ class _Header(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error}, where a header or the end mark should be") from error
         if header.type in LONG_NAMES and header.size > LARGEST_HEADER:
             raise tarfile.ReadError(f"a header of {header.size:,} bytes")
+        if header.size > LARGEST_MEMBER:
+            raise tarfile.ReadError(f"a member of {header.size:,} bytes")
         return header
 
 
@@ -119,7 +123,7 @@ def _members(url: str, label: str, note: Note) -> Iterator[tuple[str, str, bytes
             key, type_ = split_name(member.name)
             if is_unsafe(member.name):
                 note("unsafe name", f"{label}: {member.name}")
-            elif not member.isreg():
+            elif not member.isreg() or member.issparse():
                 note("not a regular file", f"{label}: {member.name}")
             elif type_ not in IMAGE_TYPES and type_ not in TEXT_TYPES:
                 note("member not read", f"{label}: {member.name}")

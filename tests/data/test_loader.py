@@ -148,13 +148,13 @@ def test_what_cannot_be_used_is_replaced_counted_and_named_in_any_process(tmp_pa
     report = reports[0]
     assert report == reports[1] and report.samples == 64
     assert set(report.counts) == {
-        "corrupt image",
+        "bad image",
         "missing image",
         "unreadable file",
         "missing caption",
         "empty caption",
     }
-    assert {name.split(":")[0] for name in report.names["corrupt image"]} == {"images/1.png", "images/2.png"}
+    assert {name.split(":")[0] for name in report.names["bad image"]} == {"images/1.png", "images/2.png"}
     assert "3.png" in report.names["missing image"][0] and "not a regular file" in report.names["unreadable file"][0]
     assert report.skipped == sum(report.counts.values()) >= 6
 
@@ -164,7 +164,7 @@ def test_keep_leaves_bad_samples_out_without_a_substitute(tmp_path):
     (tmp_path / "images" / "9.png").write_bytes(b"")
     (tmp_path / "images" / "0.png").write_bytes(b"")
     config = DataConfig(str(path), shuffle=False, last="keep", max_skipped=0.5)
-    with pytest.warns(UserWarning, match="corrupt image: images/0.png"):
+    with pytest.warns(UserWarning, match="bad image: images/0.png"):
         batches = list(loader(config, 3))
     assert [numbers(batch) for batch in batches] == [[1, 2], [3, 4, 5], [6, 7, 8]]
 
@@ -175,7 +175,7 @@ def test_too_many_bad_samples_stop_the_run_and_are_named(tmp_path):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"GIF89a")
     with (
         pytest.warns(UserWarning),
-        pytest.raises(UserError, match=r"10 of 40 .* 20% .* corrupt image 10 \(images/") as e,
+        pytest.raises(UserError, match=r"10 of 40 .* 20% .* bad image 10 \(images/") as e,
     ):
         list(loader(DataConfig(str(path), last="keep", max_skipped=0.2)))
     assert "\n" not in str(e.value)
@@ -186,7 +186,7 @@ def test_nothing_readable_is_one_error(tmp_path, workers):
     path = write_table(tmp_path, 20)
     for file in (tmp_path / "images").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(UserError, match="1,000 samples in a row cannot be used: corrupt image") as error:
+    with pytest.raises(UserError, match="1,000 samples in a row cannot be used: bad image") as error:
         list(loader(DataConfig(str(path)), 4, workers=workers))
     assert "\n" not in str(error.value)
 
