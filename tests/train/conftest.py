@@ -1,5 +1,7 @@
 """Fixtures of the trainer's tests."""
 
+import multiprocessing
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
 
-from tiny import make_data, make_start, tiny_config
+from tiny import main_quietly, make_data, make_start, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +28,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory):
+    """fork(config) runs `fastclip train` in a process of its own that has all imports behind it, one thread each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastclip.cli", "fastclip.train.trainer", "fastclip.data.tables", "pyarrow.csv"])
+
+    def begin(config):
+        folder = tmp_path_factory.mktemp("fork")
+        process = context.Process(target=main_quietly, args=(config, folder))
+        process.start()
+        process.said = folder / "said.txt"
+        return process
+
+    return begin

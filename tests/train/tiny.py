@@ -1,8 +1,10 @@
 """A model and a data set so small that a run of several steps takes less than a second."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,3 +115,24 @@ def torchrun(arguments: list[str], *options: str, processes: int = 2) -> list[st
     """The same command in several processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*launcher, *options, *arguments[1:]]
+
+
+def main_quietly(config: TrainConfig, folder: Path) -> None:
+    """`fastclip train` in this process, with what it says in FOLDER/said.txt."""
+    from fastclip import cli
+
+    torch.set_num_threads(1)
+    with (folder / "said.txt").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        cli.main(command(config, folder)[3:])
+
+
+def wait_for_records(out: Path, process: multiprocessing.Process, records: int = 1) -> None:
+    """Until the run has written so many more lines of metrics.jsonl; fails after a minute."""
+    began, path = time.monotonic(), out / "metrics.jsonl"
+    count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
+    before = count()
+    while count() < before + records:
+        assert process.is_alive() and time.monotonic() - began < 60, "the run writes no records"
+        time.sleep(0.005)
