@@ -122,8 +122,3 @@ def options(value, has_ids: bool) -> None:
     leaves_out = value.false_negative_margin is not None or (has_ids and value.ids_mode == "ignore")
     if value.label_smoothing and leaves_out:
         raise ValueError("label_smoothing spreads over all keys: it cannot be combined with pairs that are left out")
-
-
-def one_process(group: object | None) -> None:
-    if group is not None:
-        raise NotImplementedError("group=... (the loss over several processes) is not built yet; leave group=None")

@@ -118,26 +118,32 @@ def info_nce(
         key_negatives: the other keys join the positive key's negatives: in the column's softmax with symmetric=True,
             else in the query's own. With both and symmetric=True this is NT-Xent (Chen et al. 2020).
         ids [N], key_ids [M]: as clip_loss's ids, for queries and keys; both or neither. Apply to query-key pairs.
+        group: as in clip_loss; each rank passes its own queries and at least as many keys, and labels must be None.
         The other arguments are clip_loss's.
 
     Returns and raises as clip_loss; LossStats' "image" is the query, "text" its positive key.
     """
-    checks.one_process(group)
-    checks.reduction(reduction)
-    query, key = checks.features(query, key, "query", "key", paired=False)
-    scale = checks.scalar(scale, "scale", query)
-    weight = checks.sample_weight(weight, len(query), query)
-    if labels is not None:
-        labels = checks.indices(labels, "labels", len(query), len(key), query)
-    elif len(key) < len(query):
-        raise ValueError(f"without labels key must hold at least N = {len(query)} rows, got {len(key)}")
-    if (ids is None) != (key_ids is None):
-        raise ValueError("ids and key_ids must both be given, or neither")
-    if ids is not None:
-        ids = checks.integers(ids, "ids", len(query), query)
-        key_ids = checks.integers(key_ids, "key_ids", len(key), query)
-    options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
-    checks.options(options, ids is not None)
+
+    def checked():
+        checks.reduction(reduction)
+        x, y = checks.features(query, key, "query", "key", paired=False)
+        multiplier = checks.scalar(scale, "scale", x)
+        query_weight = checks.sample_weight(weight, len(x), x)
+        columns = None if labels is None else checks.indices(labels, "labels", len(x), len(y), x)
+        if labels is None and len(y) < len(x):
+            raise ValueError(f"without labels key must hold at least N = {len(x)} rows, got {len(y)}")
+        if (ids is None) != (key_ids is None):
+            raise ValueError("ids and key_ids must both be given, or neither")
+        x_ids = None if ids is None else checks.integers(ids, "ids", len(x), x)
+        y_ids = None if key_ids is None else checks.integers(key_ids, "key_ids", len(y), x)
+        options = Options(normalize, label_smoothing, ids_mode, false_negative_margin, hardness, backend)
+        checks.options(options, ids is not None)
+        return x, y, multiplier, columns, query_weight, x_ids, y_ids, options
+
+    if group is not None:
+        form = distributed.InfoNCEForm(symmetric, query_negatives, key_negatives, reduction, return_stats)
+        return distributed.info_nce(checked, form, group)
+    query, key, scale, labels, weight, ids, key_ids, options = checked()
 
     pairs = gaps(query, key, scale, labels, options, ids, key_ids)
     row_gap, col_gap = pairs.row_gap, pairs.col_gap

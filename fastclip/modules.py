@@ -10,15 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastclip.distill import distill_loss
+from fastclip.distributed import Sharded
+from fastclip.distributed.open_clip import MODE_OF_DIST_IMPL, default_group, no_horovod, warn_of_local_loss
 from fastclip.loss import clip_loss, info_nce, siglip_loss
 
 
 class ClipLoss(nn.Module):
     """OpenCLIP's ClipLoss (3.3 and newer) without the N x N logits.
 
-    local_loss, gather_with_grad, cache_labels, rank, world_size and use_horovod are accepted as OpenCLIP's
-    constructor has them; world_size > 1 raises NotImplementedError until the sharded loss is built.
-    backend: as in `clip_loss`.
+    world_size > 1: the batch is spread over the ranks of torch.distributed's default group. Whatever local_loss and
+    gather_with_grad say, the value is the whole batch's on every rank, and gradients averaged over the ranks, as DDP
+    and FSDP do, are the whole batch's; OpenCLIP's are those only with gather_with_grad (docs/distributed.md).
+    cache_labels changes nothing here. Horovod is not supported. backend: as in `clip_loss`; mode: as in
+    `fastclip.distributed.Sharded`.
     """
 
     def __init__(
@@ -31,9 +35,13 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         backend: str | None = None,
+        mode: str = "gather",
     ) -> None:
         super().__init__()
-        _one_process("ClipLoss", world_size)
+        no_horovod(use_horovod, world_size)
+        if world_size > 1 and local_loss and not gather_with_grad:
+            warn_of_local_loss()
+        self.sharded = Sharded(mode=mode)
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
         self.cache_labels = cache_labels
@@ -52,9 +60,11 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict. logit_scale is already exponentiated."""
         if type(self).get_logits is not ClipLoss.get_logits:
+            _one_process("a ClipLoss whose subclass makes its own logits", self.world_size)
             loss = self._dense_loss(*self.get_logits(image_features, text_features, logit_scale, logit_bias))
             return {"contrastive_loss": loss} if output_dict else loss
-        loss = clip_loss(image_features, text_features, logit_scale, normalize=False, backend=self.backend)
+        group = default_group(self.rank, self.world_size, self.sharded)
+        loss = clip_loss(image_features, text_features, logit_scale, normalize=False, group=group, backend=self.backend)
         if logit_bias is not None:
             # A constant on every logit cancels in a softmax: it changes no value, and its gradient is exactly 0.
             loss = loss + 0.0 * torch.as_tensor(logit_bias, dtype=loss.dtype, device=loss.device).reshape(())
@@ -72,6 +82,7 @@ class ClipLoss(nn.Module):
         logit_bias: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Dense [N, N] logits of both directions; the loss calls this only where a subclass overrides it."""
+        _one_process("ClipLoss.get_logits", self.world_size)
         logits = logit_scale * image_features @ text_features.T
         if logit_bias is not None:
             logits = logits + logit_bias
@@ -86,9 +97,9 @@ class ClipLoss(nn.Module):
 class SigLipLoss(nn.Module):
     """OpenCLIP's SigLipLoss (3.3 and newer) without the N x N logits, nor chunks of them kept for autograd.
 
-    cache_labels, rank, world_size, dist_impl, chunk_size, bidir and use_horovod are accepted as OpenCLIP's
-    constructor has them; chunk_size changes nothing here. world_size > 1 raises NotImplementedError until the sharded
-    loss is built.
+    world_size > 1: the batch is spread over the ranks of torch.distributed's default group; value and averaged
+    gradients are the whole batch's. dist_impl "bidir" (the default) and "shift" pass the texts round a ring, "reduce"
+    and "gather" gather them first. cache_labels, chunk_size and bidir change nothing here. Horovod is not supported.
     """
 
     def __init__(
@@ -104,7 +115,10 @@ class SigLipLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        _one_process("SigLipLoss", world_size)
+        no_horovod(use_horovod, world_size)
+        if dist_impl not in MODE_OF_DIST_IMPL:
+            raise ValueError(f"dist_impl must be one of {list(MODE_OF_DIST_IMPL)}, got {dist_impl!r}")
+        self.sharded = Sharded(mode=MODE_OF_DIST_IMPL[dist_impl])
         self.cache_labels = cache_labels
         self.rank = rank
         self.world_size = world_size
@@ -123,8 +137,9 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         """The loss, 0-d, or {"contrastive_loss": loss} with output_dict."""
+        group = default_group(self.rank, self.world_size, self.sharded)
         loss = siglip_loss(
-            image_features, text_features, logit_scale, logit_bias, normalize=False, backend=self.backend
+            image_features, text_features, logit_scale, logit_bias, normalize=False, group=group, backend=self.backend
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -161,6 +176,7 @@ class DistillClipLoss(ClipLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive loss, distillation loss), or a dict of both; the teacher's arguments begin with dist_."""
+        _one_process("DistillClipLoss", self.world_size)
         loss = super().forward(image_features, text_features, logit_scale)
         distill = distill_loss(
             image_features,
@@ -226,6 +242,6 @@ class InfoNCELoss(nn.Module):
         return info_nce(query, key, scale, **{**self.options, **options})
 
 
-def _one_process(name: str, world_size: int) -> None:
-    if world_size > 1:  # as OpenCLIP asks: its tests pass 0 for one process
-        raise NotImplementedError(f"{name} over several processes is not built yet, got world_size={world_size}")
+def _one_process(what: str, world_size: int) -> None:
+    if world_size > 1:
+        raise NotImplementedError(f"{what} runs in one process only, got world_size={world_size}")

@@ -168,6 +168,7 @@ def test_no_parameters_and_a_state_that_loads(backend):
     assert not list(module.parameters()) and not module.state_dict()
 
 
-def test_several_processes_are_refused():
-    with pytest.raises(NotImplementedError, match="world_size=2"):
-        ClipLoss(world_size=2)
+def test_several_processes_need_a_process_group():
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="init_process_group"):
+        ClipLoss(world_size=2)(x, x, 1.0)

@@ -10,6 +10,6 @@ operator, over all ranks, ring.py how keys go round. softmax.py and sigmoid.py: 
 from fastclip.distributed.ring_sigmoid import SigmoidOptions
 from fastclip.distributed.shards import Sharded
 from fastclip.distributed.sigmoid import SigmoidInputs, siglip_loss
-from fastclip.distributed.softmax import clip_loss
+from fastclip.distributed.softmax import InfoNCEForm, clip_loss, info_nce
 
-__all__ = ["Sharded", "SigmoidInputs", "SigmoidOptions", "clip_loss", "siglip_loss"]
+__all__ = ["InfoNCEForm", "Sharded", "SigmoidInputs", "SigmoidOptions", "clip_loss", "info_nce", "siglip_loss"]

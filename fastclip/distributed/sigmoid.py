@@ -6,7 +6,6 @@ Legend: x [n_r, D], y [n_r, D] this rank's pairs; y_b [m_b, D] a block's keys; N
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastclip import sigmoid

@@ -5,7 +5,7 @@ Gradients, averaged over the ranks, are those of the whole batch's loss (docs/di
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, unit_rows
 
 # What a loss function has checked: x, y, scale, weight, ids, options
 Checked = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Options]
+
+
+@dataclass(frozen=True)
+class InfoNCEForm:
+    """Those of info_nce's arguments that say which sums make up the loss, and what is returned."""
+
+    symmetric: bool
+    query_negatives: bool
+    key_negatives: bool
+    reduction: str
+    return_stats: bool
 
 
 def clip_loss(
@@ -40,6 +51,45 @@ def clip_loss(
     losses = 0.5 * (by_image + by_text)
     loss = reduce(losses, weight, reduction, scale.dtype, shards)
     return (loss, _stats(image, text, scale, shards, options, pairs, losses)) if return_stats else loss
+
+
+def info_nce(check: Callable[[], tuple], form: InfoNCEForm, group: object) -> Tensor | tuple[Tensor, LossStats]:
+    """fastclip.info_nce over the ranks of `group`: a rank's query i belongs to its own key i.
+
+    check: validates this rank's arguments and returns query, key, scale, labels, weight, ids, key_ids and options.
+    """
+
+    def describe(checked: tuple) -> tuple[int, int, str]:
+        x, y, scale, labels, weight, ids, _, options = checked
+        if labels is not None:
+            raise NotImplementedError(
+                "info_nce with both labels= and group= is not available: put each query's key first"
+            )
+        tensors = tensor_text(query=x, key=y, scale=scale, weight=weight, ids=ids)
+        return len(x), len(y), f"info_nce D={x.shape[1]} {tensors} {options} {form}"
+
+    (query, key, scale, _, weight, ids, key_ids, options), shards = agree(group, check, describe)
+    ids, key_ids = gather_ids(ids, shards.rows, shards), gather_ids(key_ids, shards.cols, shards)
+    of_queries, of_keys = replace(shards, cols=shards.rows), replace(shards, rows=shards.cols)
+    pairs, n = gaps(query, key, scale, shards, options, ids, key_ids), len(query)
+    row_gap, col_gap = pairs.row_gap, pairs.col_gap
+    if form.query_negatives:
+        row_gap = softmax.log_add(row_gap, _own_side(query, scale, pairs.pos, of_queries, options))
+    if form.key_negatives:
+        among_keys = _own_side(key, scale, pairs.pos, of_keys, options)
+        if form.symmetric:
+            col_gap = softmax.log_add(col_gap, among_keys)
+        else:
+            row_gap = softmax.log_add(row_gap, among_keys)
+    losses = cross_entropy(row_gap) + soft_targets(query, key, scale, pairs.pos, shards, options, ids, key_ids)
+    if form.symmetric:
+        own_ids = None if ids is None else gather_ids(key_ids.own[:n], shards.rows, shards)
+        targets = soft_targets(key[:n], query, scale, pairs.pos, of_queries, options, own_ids, ids)
+        losses = 0.5 * (losses + cross_entropy(col_gap) + targets)
+    loss = reduce(losses, weight, form.reduction, scale.dtype, shards)
+    if not form.return_stats:
+        return loss
+    return loss, _stats(query, key, scale, shards, options, Gaps(row_gap, col_gap, pairs.pos), losses)
 
 
 def gaps(
@@ -108,6 +158,12 @@ def _mask(x, y, scale, shards: Shards, options: Options, x_ids: Ids | None, y_id
             extra = row_limit.new_full((len(y) - len(x),), torch.inf)
             col_limit = gather_rows(torch.cat([row_limit, extra]), shards.cols, shards.group)
     return ops.Mask(row_ids, col_ids, row_limit, col_limit)
+
+
+def _own_side(x: Tensor, scale: Tensor, pos: Tensor, shards: Shards, options: Options) -> Tensor:
+    """[n_r]: log-sum of each row's similarities with all ranks' other rows of x, minus pos."""
+    sums = similarity_sums(x, x, scale, shards, options.normalize, options.backend, ops.NO_MASK)
+    return softmax.gap(sums[0][: len(pos)], sums[2][: len(pos)], pos)
 
 
 def _stats(x, y, scale, shards: Shards, options: Options, pairs: Gaps, losses: Tensor) -> LossStats:

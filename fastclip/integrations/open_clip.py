@@ -47,7 +47,8 @@ class SigLipLoss(fastclip.SigLipLoss, open_clip.loss.SigLipLoss):
         negative_only: bool = False,
     ) -> Tensor:
         """What OpenCLIP's subclasses and tests call: the loss of one block of texts, 0-d."""
-        loss = self(image_features, text_features, logit_scale, logit_bias)
+        args = (image_features, text_features, logit_scale, logit_bias)
+        loss = fastclip.siglip_loss(*args, normalize=False, backend=self.backend)
         if not negative_only:
             return loss
         # softplus(s) - softplus(-s) = s makes a negative of each positive.

@@ -166,9 +166,9 @@ def test_patch_and_unpatch_twice_are_once(name):
     assert type(open_clip.create_loss(LOSS_OF[name])) is ORIGINAL[name]
 
 
-def test_several_processes_raise_and_do_not_train_on_something_else(patched):
-    with pytest.raises(NotImplementedError, match="world_size=2"):
-        open_clip.create_loss(arguments(world_size=2))
+def test_several_processes_without_a_group_raise_and_do_not_train_on_something_else(patched):
+    with pytest.raises(ValueError, match="init_process_group"):
+        open_clip.create_loss(arguments(world_size=2))(*pair(6, 4), 10.0)
 
 
 def test_newer_open_clips_chunk_size_is_accepted():
