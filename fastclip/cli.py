@@ -14,6 +14,7 @@ import tyro
 
 from fastclip.commands.bench import Bench
 from fastclip.commands.classify import Classify
+from fastclip.commands.data import Data
 from fastclip.commands.demo import Demo
 from fastclip.commands.env import Env
 from fastclip.commands.eval import Eval
@@ -31,6 +32,7 @@ COMMANDS = {
     "classify": Classify,
     "probe": Probe,
     "eval": Eval,
+    "data": Data,
     "vocabulary": Vocabulary,
     "env": Env,
     "bench": Bench,

@@ -114,7 +114,7 @@ class Loader:
             sampler=numbers,
             num_workers=self.workers,
             collate_fn=_same,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self.pin_memory,
             # Its own: it draws a number from torch's global generator otherwise.
             generator=torch.Generator(),
@@ -157,7 +157,7 @@ def _same(fetched: Fetched) -> Fetched:
     return fetched
 
 
-def _start_worker(number: int) -> None:
+def start_worker(number: int) -> None:
     # A forked copy of fsspec's event loop has no thread behind it.
     if "fsspec.asyn" in sys.modules:
         sys.modules["fsspec.asyn"].reset_lock()

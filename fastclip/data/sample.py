@@ -22,7 +22,7 @@ from fastclip.data.report import DataReport
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+IMAGE_TYPES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif"})
 TEXT_TYPES = frozenset({"txt", "json"})
 # More than any image or caption needs, so that a lying size cannot fill the memory. Bytes.
 LARGEST_IMAGE = 256 * 2**20
