@@ -57,7 +57,7 @@ def scrambled(model: nn.Module) -> nn.Module:
 
 
 def batch(config: ClipConfig, n: int = 3, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, and captions of different lengths: each ends in the highest id, then padding; the first fills the context."""
+    """Images, and captions of all lengths: each ends in the highest id, then padding; the first fills the context."""
     generator = torch.Generator().manual_seed(seed)
     size, context = config.image.image_size, config.text.context
     images = torch.randn(n, config.image.channels, size, size, generator=generator)

@@ -128,12 +128,11 @@ def test_open_clips_model_with_a_separate_text_tower_and_a_bias(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-32", *(pytest.param(name, marks=large) for name in LARGE)])
-def test_open_clips_own_models_load_by_name_and_go_back(name, tmp_path):
+def test_open_clips_own_models_load_and_go_back(name, tmp_path):
     torch.manual_seed(0)
     theirs = scrambled(open_clip.create_model(name)).eval()
-    path = wrapped("plain", theirs, tmp_path)
-    ours = clip.load(path, name=name)
-    assert ours.config == clip.load(path).config == clip.model_config(name)
+    ours = clip.load(wrapped("plain", theirs, tmp_path))
+    assert ours.config == clip.model_config(name)
     assert_same_features(ours, theirs, n=1)
     assert_same_state(clip.export_openclip(ours), theirs.state_dict())
 
@@ -230,10 +229,8 @@ def test_the_end_token_is_the_one_that_transformers_takes(end, tmp_path):
     torch.testing.assert_close(features_of(ours, images, ids)[1], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "model",
-    ["base", pytest.param("large", marks=large)],
-)
+@large
+@pytest.mark.parametrize("model", ["base", "large"])
 def test_transformers_models_of_real_size(model, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
