@@ -32,7 +32,7 @@ def is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(name.count("/") == 1 and name.endswith("/constants.pkl") for name in archive.namelist())
+        return _root(archive) is not None
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
@@ -42,10 +42,16 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     damaged file.
     """
     with zipfile.ZipFile(path) as archive:
-        root = next(name.split("/")[0] for name in archive.namelist() if name.endswith("/constants.pkl"))
+        root = _root(archive)
         with archive.open(f"{root}/data.pkl") as file:
             module = _Unpickler(file, archive, root).load()
     return dict(_tensors(module, ""))
+
+
+def _root(archive: zipfile.ZipFile) -> str | None:
+    """The folder that everything in a TorchScript archive lies in."""
+    paths = (name.split("/") for name in archive.namelist())
+    return next((path[0] for path in paths if path[1:] == ["constants.pkl"]), None)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -25,6 +25,7 @@ def load(
     name: str | None = None,
     quick_gelu: bool | None = None,
     image_size: int | None = None,
+    patch_dropout: float | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Clip:
@@ -38,6 +39,7 @@ def load(
     quick_gelu: the activation of both transformers. None: as the configuration says; without one, QuickGELU for
       OpenAI's checkpoints and names with -quickgelu, GELU for the rest, whose files do not tell.
     image_size: another resolution than the checkpoint's; the learnt positions are interpolated.
+    patch_dropout: of a ViT that is to be trained on; None: as the configuration says.
     device, dtype: of the result, the CPU and float32 if None. The logit scale and bias are always float32.
 
     No code from the file is run: pickles are read with weights_only=True, and of a TorchScript archive only the
@@ -49,6 +51,8 @@ def load(
     state = _fitted(source, config)
     if image_size not in (None, config.image.image_size):
         config, state = _resized(config, state, image_size)
+    if patch_dropout is not None:
+        config = override(config, patch_dropout=patch_dropout)
     model = _on_meta(config).to(dtype or torch.float32)
     for scalar in (model.log_scale, model.logit_bias):
         if scalar is not None:

@@ -217,6 +217,26 @@ def test_a_checkpoint_of_another_model_than_the_named_one_is_a_mismatch(tmp_path
         clip.load(tmp_path / "ours", name="ViT-B/33")
 
 
+def test_the_named_model_is_taken_and_its_name_may_ask_for_quick_gelu(tmp_path):
+    model = clip.create_model("ViT-Ti/4@32px-quickgelu", vocabulary=60)
+    clip.save(clip.create_model("glyph-conv"), tmp_path / "glyph")
+    torch.save(clip.export_openclip(clip.create_model("RN-Ti@64px")), tmp_path / "theirs.pt")
+    assert clip.load(tmp_path / "glyph", name="glyph-conv").config == clip.model_config("glyph-conv")
+    for name, quick in (("RN-Ti@64px", False), ("RN-Ti-64-quickgelu", True)):
+        assert clip.load(tmp_path / "theirs.pt", name=name).config == clip.model_config(name)
+        assert clip.load(tmp_path / "theirs.pt", name=name).config.text.quick_gelu == quick
+    # The file of a configuration knows: its word counts, not the name's.
+    clip.save(model, tmp_path / "quick")
+    assert clip.load(tmp_path / "quick").config.text.quick_gelu
+    assert not clip.load(tmp_path / "quick", quick_gelu=False).config.image.quick_gelu
+
+
+def test_patch_dropout_may_be_set_on_loading(tmp_path):
+    clip.save(small("vit"), tmp_path)
+    model = clip.load(tmp_path, patch_dropout=0.5)
+    assert model.image.config.patch_dropout == model.config.image.patch_dropout == 0.5
+
+
 def test_a_configuration_that_is_not_the_weights_is_a_mismatch(tmp_path):
     clip.save(small("vit"), tmp_path)
     values = CONFIGS["vit"].to_dict()
