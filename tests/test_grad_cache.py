@@ -4,6 +4,8 @@ Legend: image [N, D_image], text [N, D_text] inputs; features [N, D].
 """
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from fastclip.clip import create_model
 from fastclip.grad_cache import GradCache
 
 N, PIECE = 23, 5  # four whole micro-batches and one of 3
+PAGE = Path(__file__).parents[1] / "docs" / "grad_cache.md"
 
 
 class Pair(nn.Module):
@@ -282,3 +285,18 @@ class TestErrors:
         loss = pair.loss(*GradCache([pair.image, pair.text], PIECE)(*batch()))
         with pytest.raises(RuntimeError, match="once only"):
             loss.backward(create_graph=True)
+
+
+def test_the_page_s_examples():
+    """Those for one process, in order; tests/test_grad_cache_parallel.py has the others."""
+    torch.manual_seed(0)
+    model = create_model("ViT-Ti/4@32px", image_layers=1, text_layers=1, vocabulary=64, context=6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    names = {"model": model, "images": torch.randn(96, 3, 32, 32), "tokens": torch.randint(1, 64, (96, 6))}
+    names |= {"torch": torch, "device": "cpu", "optimizer": optimizer, "scaler": torch.amp.GradScaler("cpu")}
+    before = model.image.project.weight.detach().clone()
+    for section in PAGE.read_text().split("\n## "):
+        if not section.startswith(("DistributedDataParallel", "FSDP2")):
+            for snippet in re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+                exec(compile(snippet, PAGE.name, "exec"), names)
+    assert names["image_features"].dtype == torch.bfloat16 and not torch.equal(before, model.image.project.weight)

@@ -7,6 +7,7 @@ Ranks hold different numbers of rows, and so of micro-batches, wherever their fo
 import contextlib
 import copy
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastclip import clip_loss
 from fastclip.grad_cache import GradCache
 
+PAGE = Path(__file__).parents[1] / "docs" / "grad_cache.md"
 WORLD = 2
 PIECE = 5
 ROWS = (11, 21)  # of each rank: 3 and 5 micro-batches
@@ -337,6 +339,33 @@ def a_forgotten_wrapper_is_a_warning(rank: int) -> None:
         GradCache([model.encode_image, model.encode_text], PIECE, modules=[model])
 
 
+def page_examples(section: str) -> None:
+    """docs/grad_cache.md; the gradients are on all ranks what they are on the first."""
+    model = Pair()
+    model.logit_scale = model.scale
+    torch.manual_seed(dist.get_rank())
+    names = {"model": model, "clip_loss": clip_loss, "GradCache": GradCache, "torch": torch}
+    names |= {"DistributedDataParallel": DDP, "fully_shard": fully_shard}
+    names["images"], names["tokens"] = (torch.randn(70, width, dtype=torch.float64) for width in (6, 3))
+    text = next(part for part in PAGE.read_text().split("\n## ") if part.startswith(section))
+    for snippet in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        exec(compile(snippet, PAGE.name, "exec"), names)
+    found = model.image[0].weight.grad
+    found = found.full_tensor() if isinstance(found, DTensor) else found
+    first = found.clone()
+    dist.broadcast(first, src=0)
+    assert found.abs().max() > 0
+    torch.testing.assert_close(found, first, rtol=0, atol=0)
+
+
+def the_page_s_example_of_ddp(rank: int) -> None:
+    page_examples("DistributedDataParallel")
+
+
+def the_page_s_example_of_fsdp2(rank: int) -> None:
+    page_examples("FSDP2")
+
+
 SCENARIOS = [
     a_whole_model,
     a_whole_model_that_finds_unused_parameters,
@@ -358,6 +387,8 @@ SCENARIOS = [
     synchronised_batch_norm_with_uneven_ranks_is_an_error_on_all,
     a_static_graph_is_refused,
     a_forgotten_wrapper_is_a_warning,
+    the_page_s_example_of_ddp,
+    the_page_s_example_of_fsdp2,
 ]
 
 
