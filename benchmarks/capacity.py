@@ -9,12 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
-
 from fastclip.benchmarks.case import TRAINING
-from fastclip.benchmarks.machine import headline
-from fastclip.benchmarks.plots import style
 from fastclip.benchmarks.results import Results, Row
 from fastclip.benchmarks.tables import Table
 
@@ -62,48 +57,6 @@ def capacity_table(results: Results) -> Table:
     return [["", *(f"{size} GB" for size in GIGABYTES)], *lines]
 
 
-def capacity_plot(results: Results) -> Figure | None:
-    """The same as a picture, log-log."""
-    found = capacities(results)
-    if not found:
-        return None
-    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
-    axes = figure.subplots()
-    for capacity in reversed(found):
-        points = [(size, capacity.largest(size)) for size in GIGABYTES if capacity.largest(size) > 1]
-        if not points:
-            continue
-        axes.plot(*zip(*points, strict=True), **style(capacity.row))
-        if capacity.row.peer in (found[0].row.peer, "dense"):
-            up = capacity.row.ours
-            for x, y in points:
-                axes.annotate(_short(y), (x, y), (0, 7 if up else -14), textcoords="offset points", ha="center", size=8)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xticks(GIGABYTES, [f"{size} GB" for size in GIGABYTES])
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.set_ylabel("Largest batch N")
-    axes.set_title("Largest batch whose CLIP loss fits (no model counted)", fontsize=13, fontweight="bold")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(y=0.12)
-    lines = {line.get_label(): line for line in axes.lines}
-    labels = [capacity.row.label for capacity in found if capacity.row.label in lines]
-    where = f"at D = {found[0].row.d}, {found[0].row.dtype}; {headline(results.machine)}"
-    figure.legend(
-        [lines[label] for label in labels],
-        labels,
-        loc="outside lower center",
-        ncols=2,
-        frameon=False,
-        fontsize=9,
-        title=f"Extended from measured peaks {where}",
-        title_fontsize=6,
-    )
-    return figure
-
-
 def _extended(row: Row, points: list[tuple[int, float]], bytes_per_pair: int) -> Capacity:
     (n1, y1), (n2, y2) = points[-2:]
     if y1 > 0 and y2 / y1 > (n2 / n1) ** GROWS_AS_MATRIX:
@@ -112,10 +65,3 @@ def _extended(row: Row, points: list[tuple[int, float]], bytes_per_pair: int) ->
     slope = sum((n - n_mean) * (y - y_mean) for n, y in points) / sum((n - n_mean) ** 2 for n, _ in points)
     slope = max(0.0, slope)
     return Capacity(row, max(0.0, y_mean - slope * n_mean), bytes_per_pair + slope, 0.0)
-
-
-def _short(value: float) -> str:
-    for size, letter in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"

@@ -42,7 +42,7 @@ def measure_peak(peer_name: str, problem: Problem, truth: Truth) -> Peak:
     call = peer.prepare(problem)
     if peer.compiles:
         call()
-    before, peak, method = _watch()
+    before, peak, method = watch()
     took, found = seconds(call)
     peak_mib = peak() - before - case.results_mib(problem)
     return Peak(max(0.0, peak_mib), method, took, errors(case.observe(found, problem), truth))
@@ -56,7 +56,7 @@ def available_mib() -> float:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**20
 
 
-def _watch():
+def watch():
     """Resident MiB now, a function that gives the highest since, and the method's name."""
     try:
         Path("/proc/self/clear_refs").write_text("5")

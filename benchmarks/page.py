@@ -24,11 +24,13 @@ from fastclip.benchmarks.tables import Table
 
 KINDS = {
     "time": "Time of one call, median",
-    "ratio": "Times as long as the first line in the same rounds, median (10th to 90th percentile)",
+    "ratio": "Times as long as the first line, same rounds: median (10th to 90th percentile)",
     "memory": "Peak memory above inputs and results",
     "floor": "Share of the floor (of fp32's floor in parentheses)",
     "error": "Worst relative error against float64",
 }
+FOLDED = ("floor", "error")  # shown on a click
+MATRIX = ("dense-fp32", "dense")  # the better one for 16 bits first
 MACHINE = (
     *("gpu", "driver", "cpu", "isa", "cores", "threads", "memory_gib", "system", "python", "torch", "cuda", "triton"),
     *("fastclip", "commit", "compiler", "huge_pages", "date"),
@@ -43,6 +45,9 @@ h3 { margin: 1.2rem 0 .2rem; font-size: 1rem }
 p { margin: .4rem 0 }
 .quiet, figcaption { color: #666; font-size: .85rem }
 .warning { background: #fff4e0; padding: .5rem .8rem; border-radius: 4px }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
+.beside > div { max-width: 100% }
+summary { color: #666; cursor: pointer; font-size: .85rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; margin: .3rem 0 }
 th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap }
@@ -78,25 +83,25 @@ def page(results: Results, source: str) -> str:
 
 
 def headlines(results: Results) -> list[str]:
-    """Sentences for somebody who reads nothing else: the largest N where fastclip and the dense loss were measured."""
+    """Sentences for somebody who reads nothing else: the largest N where fastclip and a form with the matrix ran."""
     found = []
     for dtype in results.names("dtype", case="clip"):
         rows = results.measured(case="clip", dtype=dtype, mode=TRAINING, d=results.width("clip"))
-        dense = {row.n: row for row in rows if row.peer == "dense"}
-        ours = {row.n: row for row in reversed(rows) if row.ours}
-        shared = sorted(set(dense) & set(ours))
-        if shared:
-            found.append(_compared(ours[shared[-1]], dense[shared[-1]]))
+        sizes = {row.n for row in rows if row.ours} & {row.n for row in rows if row.peer in MATRIX}
+        if sizes:
+            found.append(_compared([row for row in rows if row.n == max(sizes)]))
     return found
 
 
-def _compared(ours: Row, dense: Row) -> str:
-    faster = dense.seconds["median"] / ours.seconds["median"]
+def _compared(rows: list[Row]) -> str:
+    ours = next(row for row in rows if row.ours)
+    matrix = next(row for row in rows if row.peer in MATRIX)
+    best = min((row for row in rows if not row.ours), key=lambda row: row.seconds["median"])
     said = f"A training step of the CLIP loss at N = {ours.n:,}, D = {ours.d}, {ours.dtype}: {ours.label} takes "
-    said += f"{tables.seconds(ours.seconds['median'])}, the dense loss {tables.seconds(dense.seconds['median'])} "
-    said += f"({faster:.2f} times as long)"
-    if ours.peak_mib is not None and dense.peak_mib is not None:
-        said += f"; they need {tables.mib(ours.peak_mib)} and {tables.mib(dense.peak_mib)} above inputs and gradients"
+    said += f"{tables.time_cell(ours)}, the fastest other form ({best.label}) {tables.time_cell(best)}"
+    if ours.peak_mib is not None and matrix.peak_mib is not None:
+        said += f"; above inputs and gradients it needs {tables.memory_cell(ours)}, "
+        said += f"the form with the matrix ({matrix.label}) {tables.memory_cell(matrix)}"
     return said + "."
 
 
@@ -126,11 +131,19 @@ def _group_tables(results: Results, case: str) -> list[str]:
     parts = []
     for dtype, mode in results.groups(case):
         parts.append(f"<h3>{html.escape(f'{dtype}, {mode}, D = {results.width(case)}')}</h3>")
-        for kind, title in KINDS.items():
-            table = tables.by_size(results, kind, case, dtype, mode)
-            if any(cell not in ("", "-") for line in table[1:] for cell in line[1:]):
-                parts += [f'<p class="quiet">{title}</p>', _table(table)]
+        shown = {kind: _group_table(results, kind, case, dtype, mode) for kind in KINDS}
+        parts.append(f'<div class="beside">{"".join(shown[kind] for kind in KINDS if kind not in FOLDED)}</div>')
+        if folded := "".join(shown[kind] for kind in FOLDED):
+            parts.append(f"<details><summary>floor and errors</summary>{folded}</details>")
     return parts
+
+
+def _group_table(results: Results, kind: str, case: str, dtype: str, mode: str) -> str:
+    """Nothing where no cell would hold a figure."""
+    table = tables.by_size(results, kind, case, dtype, mode)
+    if all(cell in ("", "-") for line in table[1:] for cell in line[1:]):
+        return ""
+    return f'<div><p class="quiet">{KINDS[kind]}</p>{_table(table)}</div>'
 
 
 def _how(results: Results) -> list[str]:

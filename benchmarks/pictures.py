@@ -8,8 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from fastclip.benchmarks.bars import bars
-from fastclip.benchmarks.capacity import capacity_plot
-from fastclip.benchmarks.plots import floor_plot, memory_plot, time_plot
+from fastclip.benchmarks.plots import capacity_plot, floor_plot, memory_plot, time_plot
 from fastclip.benchmarks.results import Results
 
 DPI = 110

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from fastclip.benchmarks import capacity
 from fastclip.benchmarks.case import TRAINING
 from fastclip.benchmarks.machine import headline
 from fastclip.benchmarks.results import Results, Row
@@ -61,10 +62,11 @@ def memory_plot(results: Results, case: str, title: str) -> Figure | None:
             _refused(axes, rows, series[0], *points[-1])
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(FuncFormatter(_mib))
-        axes.axhline(results.machine["memory_gib"] * 1024, color="#999999", linewidth=1, linestyle="--")
-        place = {"textcoords": "offset points", "fontsize": 7, "color": "#666666"}
-        what = "the GPU's memory" if results.suite == "gpu" else "the machine's memory"
-        axes.annotate(what, (axes.get_xlim()[0], results.machine["memory_gib"] * 1024), (4, 3), **place)
+        limit = results.machine["memory_gib"] * 1024
+        axes.axhline(limit, color="#999999", linewidth=1, linestyle="--")
+        whose = "the GPU's memory" if results.suite == "gpu" else "the machine's memory"
+        place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 7, "color": "#666666"}
+        axes.text(0.01, limit, whose, **place)
     return _finish(figure, panels, results)
 
 
@@ -82,7 +84,49 @@ def floor_plot(results: Results, case: str, title: str) -> Figure | None:
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.axhline(1.0, color="#666666", linewidth=1, linestyle="--")
         axes.set_ylim(bottom=0)
-    return _finish(figure, panels, results)
+    return _finish(figure, panels, results, ("measured",))
+
+
+def capacity_plot(results: Results) -> Figure | None:
+    """The largest batch that fits over the memory there is, log-log."""
+    found = capacity.capacities(results)
+    if not found:
+        return None
+    figure = Figure(figsize=(7.2, 5.4), layout="constrained")
+    axes = figure.subplots()
+    for peer in reversed(found):
+        points = [(size, peer.largest(size)) for size in capacity.GIGABYTES if peer.largest(size) > 1]
+        if not points:
+            continue
+        axes.plot(*zip(*points, strict=True), **style(peer.row))
+        if peer.row.peer in (found[0].row.peer, "dense"):
+            up = peer.row.ours
+            for x, y in points:
+                axes.annotate(_short(y), (x, y), (0, 7 if up else -14), textcoords="offset points", ha="center", size=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xticks(capacity.GIGABYTES, [f"{size} GB" for size in capacity.GIGABYTES])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.set_ylabel("Largest batch N")
+    axes.set_title("Largest batch whose CLIP loss fits (no model counted)", fontsize=13, fontweight="bold")
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.12)
+    lines = {line.get_label(): line for line in axes.lines}
+    labels = [peer.row.label for peer in found if peer.row.label in lines]
+    where = f"at D = {found[0].row.d}, {found[0].row.dtype}; {headline(results.machine)}"
+    figure.legend(
+        [lines[label] for label in labels],
+        labels,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=9,
+        title=f"Extended from measured peaks {where}",
+        title_fontsize=6,
+    )
+    return figure
 
 
 def style(row: Row) -> dict:
@@ -132,8 +176,13 @@ def _panels(results: Results, case: str, title: str) -> tuple[Figure, list[tuple
     return figure, panels
 
 
-def _finish(figure: Figure, panels: list[tuple[Axes, list[Row]]], results: Results) -> Figure:
-    shown_rows = [row for _, rows in panels for row in rows if row.status in ("measured", OUT_OF_MEMORY)]
+def _finish(
+    figure: Figure,
+    panels: list[tuple[Axes, list[Row]]],
+    results: Results,
+    shown_status: tuple[str, ...] = ("measured", OUT_OF_MEMORY),
+) -> Figure:
+    shown_rows = [row for _, rows in panels for row in rows if row.status in shown_status]
     sizes = sorted({row.n for row in shown_rows})
     for axes, _ in panels:
         axes.set_xscale("log", base=2)
@@ -175,3 +224,10 @@ def short_seconds(value: float, _position: int) -> str:
 
 def _mib(value: float, _position: int) -> str:
     return f"{value:g} MiB" if value < 1024 else f"{value / 1024:g} GiB"
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.0f}"

@@ -4,7 +4,7 @@
     python -m benchmarks.report benchmarks/results/X.json --docs README.md ...    rewrite them in these files
 
 A document names a table by `<!-- bench:SUITE-TABLE -->` ... `<!-- /bench -->`, where SUITE is cpu or gpu and TABLE is
-    machine, exponent, not-run, extra-NAME,
+    machine, exponent, not-run, capacity, extra-NAME,
     KIND-DTYPE-MODE of the CLIP loss, or CASE-KIND-DTYPE-MODE of another case, such as ranks-time-fp32-both-directions,
     width-KIND, the CLIP loss over D;
 KIND is time, ratio, memory, floor or error, DTYPE fp32, bf16 or fp16, MODE forward, training (forward + backward) or
@@ -20,6 +20,7 @@ from pathlib import Path
 import tyro
 
 from fastclip.benchmarks import noise, tables
+from fastclip.benchmarks.capacity import capacity_table
 from fastclip.benchmarks.case import TRAINING
 from fastclip.benchmarks.machine import headline
 from fastclip.benchmarks.results import Results, Row, load
@@ -86,6 +87,8 @@ def named_table(results: Results, name: str) -> str:
         return markdown(tables.exponents(results))
     if name == "not-run":
         return markdown(tables.not_run(results))
+    if name == "capacity":
+        return markdown(capacity_table(results))
     kind, _, rest = name.partition("-")
     if kind == "extra" and rest in results.extra:
         return markdown(tables.extra(results.extra[rest]))

@@ -143,7 +143,7 @@ class Runner:
             if row.peer in failures:
                 wrong = failures[row.peer].startswith("wrong")
                 row.status, row.note = "wrong" if wrong else "failed", failures[row.peer]
-        timed = [row for row in rows if row.peer not in failures]
+        timed = [row for row in rows if all(row.peer in rounds.seconds for rounds in measured)]
         times = {row.peer: [s for rounds in measured for s in rounds.seconds[row.peer]] for row in timed}
         self._summarise(timed, times, case, problem, measured, first_round=not schedule.warm)
 

@@ -66,7 +66,6 @@ def _measure(config: Config) -> tuple[Results, Path, Runner]:
         for name in others:
             progress.tell(external.MODULES[name])
             results.extra[name] = external.measure(name, config)
-            progress.print(f"{external.MODULES[name]}\n{report.extra_text(results.extra[name])}")
     except KeyboardInterrupt:
         progress.print("Interrupted; what was measured until now is kept.")
     finally:

@@ -17,7 +17,10 @@ def time_cell(row: Row) -> str:
 
 def ratio_cell(row: Row) -> str:
     """Times as long as the case's first peer in the same rounds: median, and the spread of the rounds."""
-    return spread(row.ratio, "x") if row.ratio else ""
+    if not row.ratio:
+        return ""
+    itself = set(row.ratio["runs"]) == {1.0}
+    return "1x" if itself else spread(row.ratio, "x")
 
 
 def memory_cell(row: Row) -> str:

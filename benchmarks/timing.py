@@ -22,7 +22,7 @@ class Rounds:
     """What one process measured.
 
     seconds: peer -> one a round. gflops: dtype -> library -> one a round, the fastest matrix products. gbytes: GB/s of
-    a copy. error: peer -> case.errors of the warm-up call. failure: peer -> why it was left out.
+    a copy. error: peer -> case.errors of the warm-up call. failure: peer -> why it is left out, or is wrong.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -54,10 +54,10 @@ def measure_rounds(
             failure[name] = f"{type(problem_with_it).__name__}: {(str(problem_with_it).splitlines() or [''])[0]}"
             continue
         wrong = case.complaint(error.get(name, {}), yardstick, problem.dtype)
+        if wrong is not None:
+            failure[name] = wrong
         if wrong is None or time_wrong:
             calls[name] = call
-        else:
-            failure[name] = wrong
 
     has_floor = case.floor(problem)[0] > 0
     ceilings = {dtype: Ceiling(dtype, problem.d) for dtype in {problem.dtype, "fp32"}} if has_floor else {}

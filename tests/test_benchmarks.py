@@ -1,167 +1,246 @@
-"""The benchmark suite measures what it says: its reference, its checks, its files and its tables."""
+"""The benchmark suite measures what it says: its references, its peers, its checks, and its runs."""
 
-import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from benchmark_cases import SMALL, D, N, in_this_process, run
 
-from benchmarks import machine, memory, report, results
-from benchmarks.config import Config
-from benchmarks.measure import Spread, interleaved, make_call, paired_ratio
-from benchmarks.peers import PEERS
-from benchmarks.problems import FORWARD, MODES, TRAINING, Problem
-from benchmarks.results import Results, Row
-from benchmarks.run import Runner
-from benchmarks.truth import complaint, errors, truth
 from fastclip import reference
+from fastclip.benchmarks import external, foreign, memory, noise, suite
+from fastclip.benchmarks.case import TRAINING, Problem, errors
+from fastclip.benchmarks.cases import CASES
+from fastclip.benchmarks.children import ChildError, run_in_child
+from fastclip.benchmarks.config import Config
+from fastclip.benchmarks.measure import Spread, interleaved, paired
+from fastclip.benchmarks.peers import open_clip
+from fastclip.benchmarks.problems import batch
+from fastclip.benchmarks.truth import truth
 
-N, D = 96, 24
-SMALL = Config(sizes=(N,), d=D, peers=("eager", "dense"), dtypes=("fp32",), memory=False, group_s=0.0)
-runnable = [name for name, peer in PEERS.items() if not peer.compiles]
+SMALL_SIZES = {"loading": 3}  # pictures of 320 x 256
+CLIP = CASES["clip"]
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def every_problem():
+    """Each case at N, in every dtype and mode it has, with each of its peers that needs no compiler."""
+    config = Config(sizes=(N,), d=D, dtypes=("fp32", "bf16"), widths=(), threads=1).resolved()
+    for case in CASES.values():
+        for problem in case.problems(config):
+            problem = problem.of_size(SMALL_SIZES.get(case.name, N))
+            for peer in case.peers.values():
+                if case.wants(peer, problem, config) and not peer.compiles:
+                    yield pytest.param(problem, peer.name, id=f"{problem} {peer.name}")
+
+
+@pytest.fixture
+def patchable(monkeypatch):
+    monkeypatch.setattr("fastclip.benchmarks.run.run_in_child", in_this_process)
+    return monkeypatch
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 @pytest.mark.parametrize("sample", (N, 10), ids=("every row", "a sample"))
-def test_truth_is_the_reference(dtype, sample, monkeypatch):
-    monkeypatch.setattr("benchmarks.truth.CHUNK_ELEMENTS", 7 * N)  # ragged chunks
-    batch = Problem(N, D, dtype).batch()
-    leaves = [leaf.detach().double().requires_grad_() for leaf in batch.leaves]
+def test_truth_of_the_clip_loss_is_the_reference(dtype, sample, monkeypatch):
+    monkeypatch.setattr("fastclip.benchmarks.truth.CHUNK_ELEMENTS", 7 * N)  # ragged chunks
+    data = batch(Problem("clip", N, D, dtype, TRAINING))
+    leaves = [leaf.detach().double().requires_grad_() for leaf in data.leaves]
     loss = reference.clip_loss(*leaves, normalize=False)
-    found = (loss.detach(), *torch.autograd.grad(loss, leaves))
-    expected = truth(batch, sample)
-    assert len(expected.sample) == sample
-    assert max(errors(found, expected).values()) < 1e-11
+    names = ("image_grad", "text_grad", "scale_grad")
+    found = {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))}
+    expected = truth(data, sample)
+    assert len(expected.rows["image_grad"]) == sample
+    error = errors(found, expected)
+    assert len(error) == 4 and max(error.values()) < 1e-11
 
 
-@pytest.mark.parametrize("dtype", ("fp32", "bf16"))
-@pytest.mark.parametrize("name", runnable)
-def test_every_peer_computes_this_loss(name, dtype):
-    if dtype not in PEERS[name].dtypes or PEERS[name].why_not():
-        pytest.skip("not here")
-    batch = Problem(N, D, dtype).batch()
-    expected = truth(batch)
-    dense_error = errors(make_call(PEERS["dense"].build(), batch, TRAINING)(), expected)
-    for mode in MODES:
-        error = errors(make_call(PEERS[name].build(), batch, mode)(), expected)
-        assert complaint(error, dense_error, dtype) is None
+def test_truth_of_the_sigmoid_is_the_reference(monkeypatch):
+    monkeypatch.setattr("fastclip.benchmarks.truth.CHUNK_ELEMENTS", 7 * N)
+    from fastclip.benchmarks import siglip
+
+    problem = Problem("siglip", N, D, "fp32", TRAINING)
+    siglip._truth.cache_clear()
+    leaves = [leaf.detach().double().requires_grad_() for leaf in batch(problem, siglip.SCALE).leaves]
+    leaves.append(torch.tensor(siglip.BIAS, dtype=torch.float64, requires_grad=True))
+    loss = reference.siglip_loss(*leaves, normalize=False).mean()
+    names = ("image_grad", "text_grad", "scale_grad", "bias_grad")
+    found = {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, leaves), strict=True))}
+    assert max(errors(found, CASES["siglip"].truth(problem)).values()) < 1e-11
 
 
-def test_a_wrong_result_is_refused_and_not_timed(monkeypatch):
-    monkeypatch.setitem(PEERS, "eager", replace(PEERS["eager"], build=lambda: lambda x, y, scale: (x * y).sum()))
-    rows = _run(SMALL).rows
-    assert [row.status for row in rows] == ["failed", "measured", "failed", "measured"]
-    assert "wrong loss" in rows[0].note
-    assert rows[0].seconds is None
-    assert rows[1].ratio is None  # nothing right to compare with
+# sentence-transformers is of the first two kinds; webdataset leaves its file open.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("problem", "name"), list(every_problem()))
+def test_every_peer_computes_its_case(problem, name):
+    case = CASES[problem.case]
+    peer, plain = case.peers[name], case.peers[case.reference]
+    if reason := peer.why_not():
+        pytest.skip(reason)
+    expected = case.truth(problem)
+    allowed = {}
+    if plain.why_not() is None and plain.can(problem):
+        allowed = errors(case.observe(plain.prepare(problem)(), problem), expected)
+    error = errors(case.observe(peer.prepare(problem)(), problem), expected)
+    assert case.complaint(error, allowed, problem.dtype) is None
+
+
+def test_open_clips_form_is_its_loss():
+    if reason := foreign.why_not_open_clip():
+        pytest.skip(reason)
+    leaves = batch(Problem("clip", N, D, "fp32", TRAINING)).leaves
+    theirs = foreign.open_clip_losses().ClipLoss()(*leaves)
+    assert torch.equal(open_clip(*leaves), theirs)
+
+
+def test_accumulation_that_counts_the_scale_for_every_piece_is_found_out(monkeypatch):
+    if reason := foreign.why_not_open_clip():
+        pytest.skip(reason)
+    monkeypatch.setattr("fastclip.benchmarks.step.PIECE", N // 3)
+    case, problem = CASES["step"], Problem("step", N, D, "fp32", "one step")
+    error = errors(case.peers["openclip-accum"].prepare(problem)(), case.truth(problem))
+    assert error["log_scale"] == pytest.approx(2.0, rel=1e-3)  # three times the gradient
+    assert "wrong log_scale" in case.complaint(error, {}, "fp32")
+
+
+def test_a_wrong_result_is_refused_and_timed_only_on_request(patchable):
+    wrong = replace(CLIP.peers["eager"], prepare=lambda problem: lambda: {"loss": torch.tensor(1.0)})
+    patchable.setitem(CLIP.peers, "eager", wrong)
+    eager, dense = run(replace(SMALL, modes=("forward",))).rows
+    assert (eager.status, eager.seconds) == ("wrong", None)
+    assert "wrong loss: relative error" in eager.note
+    assert dense.status == "measured" and dense.ratio is None  # nothing right to compare with
+    for settings in (replace(SMALL, time_wrong=True), replace(SMALL, time_wrong=True, memory=False)):
+        eager, dense = run(replace(settings, modes=("forward",))).rows
+        assert (eager.status, dense.status) == ("wrong", "measured")
+        assert eager.seconds and eager.error["loss"] > 0.1
+
+
+def test_a_peer_that_crashes_is_named_with_the_reason(patchable):
+    def crash(problem):
+        raise RuntimeError("no kernel\nat line 3")
+
+    patchable.setitem(CLIP.peers, "eager", replace(CLIP.peers["eager"], prepare=crash))
+    eager, dense = run(replace(SMALL, modes=("forward",), memory=False)).rows
+    assert (eager.status, eager.note) == ("failed", "RuntimeError: no kernel")
+    assert dense.status == "measured"
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), 1.0))
 def test_no_dense_error_excuses_a_useless_result(value):
-    assert complaint({"loss": value}, {"loss": 1.0}, "fp32")
+    assert CLIP.complaint({"loss": value}, {"loss": 1.0}, "fp32")
 
 
-def test_a_peer_without_room_or_time_is_named_with_the_reason(monkeypatch):
-    monkeypatch.setitem(PEERS, "eager", replace(PEERS["eager"], why_not=lambda: "pip install it"))
-    rows = _run(replace(SMALL, memory_limit_gib=1e-9)).rows
+def test_nothing_to_compare_is_no_success():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        errors({"other": torch.ones(1)}, truth(batch(Problem("clip", 4, 2, "fp32", TRAINING))))
+
+
+def test_a_peer_without_room_or_time_is_named_with_the_reason(patchable):
+    patchable.setitem(CLIP.peers, "eager", replace(CLIP.peers["eager"], why_not=lambda: "pip install it"))
+    rows = run(replace(SMALL, memory_limit_gib=1e-9)).rows
     assert (rows[0].status, rows[0].note) == ("not run", "pip install it")
-    assert rows[1].status == "out of memory"
-    slow = _run(replace(SMALL, sizes=(N, 2 * N), peers=("dense",), call_limit_s=1e-9)).rows
-    assert [row.status for row in slow] == ["measured"] * 2 + ["not run"] * 2
-    assert "s a call expected" in slow[2].note
+    assert rows[1].status == "out of memory" and "needs about" in rows[1].note
+    slow = run(replace(SMALL, sizes=(N, 2 * N), peers=("dense",), modes=("forward",), call_limit_s=1e-9)).rows
+    assert [row.status for row in slow] == ["measured", "not run"]
+    assert "s a call expected" in slow[1].note
+
+
+def test_what_is_not_installed_is_listed_with_its_line(monkeypatch):
+    assert foreign.missing("torch", "torch") is None
+    assert foreign.missing("no_such_module", "no-such-package").endswith("pip install no-such-package")
+    absent = replace(CLIP.peers["chunked"], why_not=lambda: "pip install chunks")
+    monkeypatch.setitem(CLIP.peers, "chunked", absent)
+    assert suite._missing(SMALL) == ["Not measured, clip: 2 x linear_cross_entropy: pip install chunks"]
+
+
+def test_a_run_in_child_processes_measures_times_memory_and_floor():
+    eager, dense = run(replace(SMALL, modes=(TRAINING,), processes=2, group_s=2.0)).rows
+    for row in (eager, dense):
+        assert row.status == "measured" and len(row.seconds["runs"]) >= 2 * 3  # processes x the least rounds
+        assert row.peak_mib is not None and row.peak_method in ("VmHWM", "ru_maxrss")
+        assert set(row.error) == {"loss", "image_grad", "text_grad", "scale_grad"}
+        assert row.floor_s > row.byte_floor_s > 0 and 0 < row.share["median"] < 1
+    assert set(eager.ratio["runs"]) == {1.0} and len(dense.ratio["runs"]) == len(dense.seconds["runs"])
 
 
 def test_peak_memory_counts_the_matrices_of_the_dense_loss():
     # Two logits of 1024 x 1024 and their softmax: 4 MiB each, in a process of its own.
-    problem = Problem(1024, 32, "fp32")
-    expected = truth(problem.batch())
-    child = memory.run_in_child("dense", problem, TRAINING, expected, threads=1)
-    assert child.failure is None
-    assert child.method == "VmHWM" or child.method == "ru_maxrss"
-    if child.method == "VmHWM":
-        assert 10 < child.peak_mib < 24
+    problem = Problem("clip", 1024, 32, "fp32", TRAINING)
+    peak = run_in_child(memory.measure_peak, "dense", problem, CLIP.truth(problem), threads=1)
+    if peak.method == "VmHWM":
+        assert 10 < peak.peak_mib < 24
+
+
+def test_a_child_that_fails_or_dies_says_how():
+    with pytest.raises(ChildError, match=r"ValueError: .*'x'"):
+        run_in_child(int, "x", threads=1)
+    with pytest.raises(ChildError, match="ended with code 3"):
+        run_in_child(os._exit, 3, threads=1)
+
+
+def test_another_benchmark_that_fails_leaves_a_line(monkeypatch):
+    monkeypatch.setitem(external.MODULES, "no_such", "Nothing")
+    assert external.measure("no_such", SMALL)[0]["failed"].startswith("ModuleNotFoundError")
+    assert "no_such" not in external.wanted(replace(SMALL, only=()))
 
 
 def test_rounds_alternate_and_stop_at_the_budget():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "AB"}
-    times = interleaved(calls, lambda: None, range(3, 9), budget_s=0.0)
-    assert "".join(order) == "ABBAAB"
+    times = interleaved(calls, lambda: order.append("-"), range(3, 9), budget_s=0.0)
+    assert "".join(order) == "-AB-BA-AB"
     assert all(len(runs) == 3 for runs in times.values())
 
 
 def test_ratios_are_taken_within_a_round():
     # The machine was twice as slow in the second round: the ratio does not move.
-    assert paired_ratio([2.0, 4.0], [1.0, 2.0]) == Spread(2.0, 2.0, 2.0, [2.0, 2.0])
+    assert paired([2.0, 4.0], [1.0, 2.0]) == Spread(2.0, 2.0, 2.0, [2.0, 2.0])
 
 
-def test_a_run_is_read_back_as_it_was_written(tmp_path):
-    found = _run(SMALL)
-    path = tmp_path / "new" / "x.json"
-    found.save(path)
-    assert results.load(path) == found
-    assert json.loads(path.read_text())["machine"]["cpu"] == machine.cpu_model()
-    assert results.new_path(path.parent, "x").name == "x-2.json"
-    path.write_text(json.dumps({"schema": 0}))
-    with pytest.raises(ValueError, match="schema 0, expected 1"):
-        results.load(path)
+def test_the_spread_is_of_the_runs_and_leaves_their_tails_out():
+    spread = Spread.of([float(i) for i in range(1, 12)])
+    assert (spread.low, spread.median, spread.high) == (2.0, 6.0, 10.0)
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, [3.0])
 
 
-def test_the_exponent_is_fitted_from_4096_to_16384():
-    rows = [_row(n, seconds=n**2.5 * 1e-9) for n in (4096, 8192, 16384)]
-    found = Results("cpu", {}, {}, [_row(1024, seconds=5.0), *rows])
-    assert found.exponent(peer="eager") == pytest.approx(2.5)
-    assert Results("cpu", {}, {}, rows[:2]).exponent(peer="eager") is None
+def test_own_work_is_not_taken_for_other_programs():
+    before = noise._counters()
+    if before is not None:  # Linux
+        until = time.process_time() + 0.2
+        while time.process_time() < until:
+            sum(range(1000))
+        everybody, _, own = (b - a for a, b in zip(before, noise._counters(), strict=True))
+        assert 0.15 < own < everybody + 0.1  # both count in hundredths of a second
+        assert set(noise.Noise().measured()) == {"others_cores", "stolen_cores"}
+    assert noise.warning([{"others_cores": 0.1, "stolen_cores": 0.0}, {}], 2) is None
+    assert noise.warning([{"others_cores": 1.5}], 2).startswith("Other programs used 1.5 of the 2 cores")
 
 
-def test_tables_are_rewritten_between_their_markers():
-    found = Results("cpu", machine.describe(2), {}, [_row(4096, seconds=0.05), _row(8192, seconds=0.2)])
-    document = (
-        "a\n<!-- bench:cpu-time-fp32-forward -->\nold\n<!-- /bench -->\nb\n<!-- bench:gpu-x -->\n<!-- /bench -->\n"
-    )
-    once = report.rewrite(document, found)
-    assert "| fastclip eager | 50.0 ms | 0.200 s |" in once
-    assert "old" not in once
-    assert "<!-- bench:gpu-x -->\n<!-- /bench -->" in once
-    assert report.rewrite(once, found) == once
-    with pytest.raises(ValueError, match="no table is called"):
-        report.rewrite(document.replace("time", "thyme"), found)
-    with pytest.raises(ValueError, match="no rows"):
-        report.rewrite(document.replace("fp32", "bf16"), found)
-
-
-def test_every_picture_is_drawn(tmp_path):
-    pytest.importorskip("matplotlib").use("agg")
-    from benchmarks import plots
-
-    rows = [_row(4096, seconds=0.05), _row(8192, seconds=0.2)]
-    rows.append(replace(_row(16384, seconds=1.0), status="out of memory", seconds=None))
-    found = Results("cpu", machine.describe(2), {"d": D}, rows)
-    pictures = plots.save(found, tmp_path / "x.json")
-    assert [picture.name for picture in pictures] == ["x-time.png", "x-memory.png", "x-floor.png"]
-
-
-@pytest.mark.parametrize("wrong", ({"dtypes": ("fp8",)}, {"peers": ()}, {"threads": 0}, {"sizes": (1,)}))
+@pytest.mark.parametrize(
+    "wrong",
+    (
+        {"dtypes": ("fp8",)},
+        {"only": ("clap",)},
+        {"modes": ()},
+        {"threads": -1},
+        {"sizes": (1,)},
+        {"threshold": 1.0},
+    ),
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=r"--"):
-        Config(**wrong)
+        Config(**wrong).check()
 
 
-def _run(config: Config) -> Results:
-    found = Results("cpu", machine.describe(2), {"d": config.d})
-    Runner(config.resolved(), found, tell=lambda what: None).run(finished=lambda rows: None)
-    return found
+def test_flags_fill_in_what_was_left_out():
+    assert Config(quick=True).resolved().dtypes == ("fp32",)
+    full = Config(processes=5, widths=()).resolved()
+    assert (full.processes, full.widths) == (5, ()) and full.threads == torch.get_num_threads()
 
 
-def _row(n: int, seconds: float) -> Row:
-    spread = {"median": seconds, "low": seconds, "high": seconds, "runs": [seconds]}
-    shares = {"floor_s": seconds / 2, "share": 0.5, "fp32_share": 0.5, "gemm_gflops": 100.0}
-    row = Row("eager", "fastclip eager", n, D, "fp32", FORWARD, "measured", seconds=spread, peak_mib=10.0, **shares)
-    return replace(row, error={"loss": 1e-7})
+def test_a_quick_run_compiles_once():
+    config = Config(quick=True, only=("clip",)).resolved()
+    compiled = [problem for problem in CLIP.problems(config) if CLIP.wants(CLIP.peers["compile"], problem, config)]
+    assert [(problem.n, problem.mode) for problem in compiled] == [(4096, TRAINING)]
