@@ -31,7 +31,7 @@ class Classify(ModelOptions):
         data = open_labelled(self.images, self.classes)
         loaded = self.open_model()
         templates = templates_for(loaded, self.templates)
-        result = zero_shot(loaded, data, templates, batch=self.batch, workers=self.workers)
+        result = zero_shot(loaded, data, templates, self.reading)
         about = {"model": str(self.run_folder), "images": str(self.images), "templates": templates}
         paths = write_classified(result, self.out, f"{self.images.name}, zero-shot", about)
         print(describe(result))

@@ -58,7 +58,7 @@ class Eval(ModelOptions):
 
         split = self.split or ("test" if source == "glyphs" else None)
         data = DataConfig(source=source, image=self.image, captions=self.captions, split=split)
-        figures = evaluate_pairs(loaded, data, limit=self.limit, batch=self.batch, workers=self.workers)
+        figures = evaluate_pairs(loaded, data, self.reading, limit=self.limit)
         print(describe(figures, source))
         return {"pairs": source, "split": split, **figures}
 
@@ -69,7 +69,7 @@ class Eval(ModelOptions):
         characters = str(source) == DIGITS and loaded.preprocess.channels == 1
         templates = templates_for(loaded, self.templates or (("digit {}",) if characters else ()))
         data = open_labelled(source, self.classes)
-        result = zero_shot(loaded, data, templates, batch=self.batch, workers=self.workers)
+        result = zero_shot(loaded, data, templates, self.reading)
         about = {"model": str(self.run_folder), "images": str(source), "templates": templates}
         write_classified(result, self.out, f"{source.name}, zero-shot", about)
         print(describe(result))

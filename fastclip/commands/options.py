@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 if TYPE_CHECKING:
+    from fastclip.evaluate.encode import Reading
     from fastclip.evaluate.loaded import LoadedModel
 
 
@@ -26,12 +27,21 @@ class ModelOptions:
     """Pictures encoded at a time."""
     workers: int = 0
     """Processes that decode pictures; 0 decodes in this one."""
+    max_skipped: float = 0.1
+    """Stop when more than this share of the pictures cannot be read."""
 
     def open_model(self) -> LoadedModel:
-        """UserError for numbers that cannot be and for a model that cannot be used."""
-        from fastclip.errors import UserError
+        """UserError for a model that cannot be used."""
         from fastclip.evaluate.loaded import open_model
+
+        return open_model(self.run_folder, name=self.model, device=self.device)
+
+    @property
+    def reading(self) -> Reading:
+        """UserError for numbers that cannot be."""
+        from fastclip.errors import UserError
+        from fastclip.evaluate.encode import Reading
 
         if self.batch < 1 or self.workers < 0:
             raise UserError(f"--batch must be at least 1, --workers at least 0, got {self.batch} and {self.workers}")
-        return open_model(self.run_folder, name=self.model, device=self.device)
+        return Reading(self.batch, self.workers, self.max_skipped)

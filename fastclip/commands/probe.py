@@ -39,7 +39,7 @@ class Probe(ModelOptions):
         else:
             test = open_labelled(self.test, train.classes)
         loaded = self.open_model()
-        result, fitted = probe(loaded, train, test, seed=self.seed, batch=self.batch, workers=self.workers)
+        result, fitted = probe(loaded, train, test, self.reading, seed=self.seed)
         about = {
             "model": str(self.run_folder),
             "train": str(self.train),

@@ -44,12 +44,11 @@ class Search(ModelOptions):
     def search_folder(self, images: Path) -> None:
         from fastclip.evaluate.search import search_folder
 
-        sizes = {"batch": self.batch, "workers": self.workers}
         hits, index, picture = search_folder(
-            self.query, self.open_model(), images, self.top, self.out, self.index, **sizes
+            self.query, self.open_model(), images, self.top, self.out, self.index, self.reading
         )
         for place, hit in enumerate(hits, 1):
             print(f"{place:>3}  {hit.score:5.2f}  {hit.path.relative_to(index.folder)}")
         if index.skipped:
-            print(f"{len(index.skipped):,} pictures could not be read, such as {next(iter(index.skipped))}")
+            print(f"Not readable, and left out: {len(index.skipped):,} (such as {next(iter(index.skipped))})")
         print(f"Pictures: {picture}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastclip.evaluate.drawing import draw_confusion
-from fastclip.evaluate.encode import encode_images
+from fastclip.evaluate.encode import READING, Reading, encode_images
 from fastclip.evaluate.files import save_json
 from fastclip.evaluate.labelled import UNKNOWN, Labelled
 from fastclip.evaluate.loaded import LoadedModel
@@ -70,15 +70,13 @@ def templates_for(loaded: LoadedModel, wanted: Sequence[str] = ()) -> tuple[str,
     return resolve_templates(wanted or (("plain",) if loaded.preprocess.channels == 1 else ("photo",)))
 
 
-def zero_shot(
-    loaded: LoadedModel, data: Labelled, templates: Sequence[str], *, batch: int = 64, workers: int = 0
-) -> Classified:
+def zero_shot(loaded: LoadedModel, data: Labelled, templates: Sequence[str], reading: Reading = READING) -> Classified:
     """Score every picture of `data` by its cosine to each class's prompts.
 
     templates: sentences with {}, from templates_for. UserError as from encode_images.
     """
     classes = class_features(loaded.model, loaded.tokenizer, prompts_for(data.classes, templates))
-    encoded = encode_images(loaded, data.pictures, batch=batch, workers=workers)
+    encoded = encode_images(loaded, data.pictures, reading)
     skipped = {data.names[i]: reason for i, reason in encoded.skipped.items()}
     scores = encoded.features @ classes.T
     return Classified(data, scores, encoded.kept, skipped, loaded.model.logit_scale.item())
@@ -111,7 +109,7 @@ def describe(result: Classified) -> str:
     pictures, classes = len(result.scores), len(result.data.classes)
     lines = []
     if result.skipped:
-        lines.append(f"{len(result.skipped):,} pictures could not be read, such as {next(iter(result.skipped))}.")
+        lines.append(f"Not readable, and left out: {len(result.skipped):,} (such as {next(iter(result.skipped))}).")
     known = int((result.labels != UNKNOWN).sum())
     if result.figures is None:
         lines.append(f"{pictures:,} pictures, {classes:,} classes; no picture's class is known to compare with.")

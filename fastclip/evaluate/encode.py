@@ -22,6 +22,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How pictures are read: `batch` encoded at a time, `workers` processes that decode (0: this one does).
+
+    More than the share `max_skipped` that cannot be read is an error.
+    """
+
+    batch: int = 64
+    workers: int = 0
+    max_skipped: float = 0.1
+
+
+READING = Reading()
+
+
+@dataclass(frozen=True)
 class Encoded:
     """`features` [K, D] of the pictures that could be read; `kept` int64 [K]: which they are; `skipped`: why not."""
 
@@ -58,15 +73,13 @@ def encode(tower: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor, 
 
 
 @torch.inference_mode()
-def encode_images(
-    loaded: LoadedModel, pictures: Sequence[Picture], *, batch: int = 64, workers: int = 0, max_skipped: float = 0.1
-) -> Encoded:
+def encode_images(loaded: LoadedModel, pictures: Sequence[Picture], reading: Reading = READING) -> Encoded:
     """Features of `pictures`: paths, bytes of files, or PIL images.
 
-    workers: processes that decode; 0 decodes here. UserError when more than the share `max_skipped` cannot be read, or
-    when the model's features are not finite.
+    UserError when too many cannot be read, or when the model's features are not finite.
     """
-    stream = DataLoader(Pictures(pictures, loaded.preprocess), batch, collate_fn=list, num_workers=workers)
+    data = Pictures(pictures, loaded.preprocess)
+    stream = DataLoader(data, reading.batch, collate_fn=list, num_workers=reading.workers)
     features = [torch.zeros(0, loaded.model.config.embed_dim)]
     kept, skipped, position = [], {}, 0
     for part in progress(stream, "pictures"):
@@ -81,9 +94,11 @@ def encode_images(
         if good:
             images = torch.stack(good).to(loaded.device, loaded.dtype)
             features.append(finite(loaded.model.encode_image(images), loaded))
-    if len(skipped) > max_skipped * len(pictures):
-        first = next(iter(skipped.values()))
-        raise UserError(f"{len(skipped):,} of {len(pictures):,} pictures cannot be read, the first: {first}")
+    if len(skipped) > reading.max_skipped * len(pictures):
+        raise UserError(
+            f"{len(skipped):,} of {len(pictures):,} pictures cannot be read, more than the {reading.max_skipped:.0%} "
+            f"that --max-skipped allows; the first: {next(iter(skipped.values()))}"
+        )
     return Encoded(torch.cat(features), torch.tensor(kept, dtype=torch.int64), skipped)
 
 

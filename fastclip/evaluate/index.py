@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from fastclip.data.cache import cache_dir
 from fastclip.errors import UserError
-from fastclip.evaluate.encode import encode_images
+from fastclip.evaluate.encode import READING, Reading, encode_images
 from fastclip.evaluate.files import save_json, save_tensors
 from fastclip.evaluate.labelled import list_pictures
 from fastclip.evaluate.loaded import LoadedModel
@@ -83,7 +83,7 @@ def digest(values: dict[str, Any]) -> str:
 
 
 def open_index(
-    loaded: LoadedModel, folder: str | Path, place: Path | None = None, *, batch: int = 64, workers: int = 0
+    loaded: LoadedModel, folder: str | Path, place: Path | None = None, reading: Reading = READING
 ) -> FolderIndex:
     """The index of `folder`, kept in `place`; only pictures that are new or have changed since are encoded.
 
@@ -102,8 +102,8 @@ def open_index(
     new = [key for key in now if key not in known]
     if before is not None and not new and len(now) == len(known):
         return before
-    # All may be unreadable: those that were there before count too, and are not tried again.
-    encoded = encode_images(loaded, [folder / path for path, *_ in new], batch=batch, workers=workers, max_skipped=1.0)
+    # What cannot be read is remembered, and not tried again.
+    encoded = encode_images(loaded, [folder / path for path, *_ in new], replace(reading, max_skipped=1.0))
     # As they will be read from the file, so that the first search finds what the second does.
     fresh = dict(zip((new[i] for i in encoded.kept.tolist()), encoded.features.half().float(), strict=True))
     problems = {new[i]: reason for i, reason in encoded.skipped.items()}
@@ -115,7 +115,7 @@ def open_index(
             features.append(before.features[old.row] if old else fresh[key])
         entries.append(Entry(*key, None if problem is not None else len(features) - 1, problem))
     if not features:
-        raise UserError(f"none of the {len(now):,} pictures in {folder} can be read, the first: {entries[0].problem}")
+        raise UserError(f"none of the {len(now):,} pictures in {folder} can be read; the first: {entries[0].problem}")
     index = FolderIndex(folder, model, torch.stack(features), tuple(entries))
     index.save(place)
     return index

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from fastclip.data.rows import Source
 from fastclip.data.sample import BadSample, to_text
 from fastclip.data.sources import kind_of, open_rows
 from fastclip.errors import UserError
-from fastclip.evaluate.encode import encode_images, encode_texts
+from fastclip.evaluate.encode import READING, Reading, encode_images, encode_texts
 from fastclip.evaluate.loaded import LoadedModel
 from fastclip.evaluate.progress import progress
 from fastclip.evaluate.retrieval import retrieval_figures
@@ -42,12 +43,12 @@ class SamplePictures(Sequence):
 
 
 def evaluate_pairs(
-    loaded: LoadedModel, data: DataConfig, *, limit: int | None = None, batch: int = 64, workers: int = 0
+    loaded: LoadedModel, data: DataConfig, reading: Reading = READING, *, limit: int | None = None
 ) -> dict[str, Any]:
     """retrieval_figures of the samples of `data`, all their captions counted, and how many could not be used.
 
     limit: at most so many samples, spread over all. UserError for a source that cannot be read in any order (tar
-    shards), without samples, or of which more than data.max_skipped cannot be used.
+    shards), or of which too many samples cannot be used.
     """
     if kind_of(data) == "shards":
         raise UserError("retrieval is measured on a table, a folder, a saved data set or the glyphs, not on tar shards")
@@ -58,11 +59,13 @@ def evaluate_pairs(
         if found := captions_of(source, row):
             rows.append(row)
             texts.append(found)
-    encoded = encode_images(loaded, SamplePictures(source, rows), batch=batch, workers=workers, max_skipped=1.0)
+    encoded = encode_images(loaded, SamplePictures(source, rows), replace(reading, max_skipped=1.0))
     skipped = len(wanted) - len(encoded.kept)
-    if skipped > data.max_skipped * len(wanted) or skipped == len(wanted):
-        first = next(iter(encoded.skipped.values()), "no caption")
-        raise UserError(f"{skipped:,} of {len(wanted):,} samples cannot be used, the first: {first}")
+    if skipped > reading.max_skipped * len(wanted) or skipped == len(wanted):
+        raise UserError(
+            f"{skipped:,} of {len(wanted):,} samples cannot be used, more than the {reading.max_skipped:.0%} that "
+            f"--max-skipped allows; the first: {next(iter(encoded.skipped.values()), 'no caption')}"
+        )
     kept = [texts[i] for i in encoded.kept.tolist()]
     owner = torch.repeat_interleave(torch.tensor([len(found) for found in kept]))
     features = encode_texts(loaded, [text for found in kept for text in found])
@@ -85,5 +88,5 @@ def describe(figures: dict[str, Any], source: str) -> str:
         recalls = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if name.startswith("recall"))
         lines.append(f"  {way.replace('_', ' ')}  {recalls}, median rank {values['median rank']:,.0f}")
     if figures["skipped"]:
-        lines.append(f"  {figures['skipped']:,} samples could not be used")
+        lines.append(f"  Not usable, and left out: {figures['skipped']:,}")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import torch
 
 from fastclip.errors import UserError
 from fastclip.evaluate.classify import Classified
-from fastclip.evaluate.encode import encode_images
+from fastclip.evaluate.encode import READING, Reading, encode_images
 from fastclip.evaluate.labelled import UNKNOWN, Labelled
 from fastclip.evaluate.loaded import LoadedModel
 from fastclip.evaluate.progress import progress
@@ -46,14 +46,14 @@ class Fitted:
 
 
 def probe(
-    loaded: LoadedModel, train: Labelled, test: Labelled, *, seed: int = 0, batch: int = 64, workers: int = 0
+    loaded: LoadedModel, train: Labelled, test: Labelled, reading: Reading = READING, *, seed: int = 0
 ) -> tuple[Classified, Fitted]:
     """linear_probe on the features of the pictures that can be read; `test` has the classes of `train`.
 
     Pictures of unknown class are not trained on. UserError as from encode_images and linear_probe.
     """
-    learnt = encode_images(loaded, train.pictures, batch=batch, workers=workers)
-    judged = encode_images(loaded, test.pictures, batch=batch, workers=workers)
+    learnt = encode_images(loaded, train.pictures, reading)
+    judged = encode_images(loaded, test.pictures, reading)
     labels = train.labels[learnt.kept]
     known = labels != UNKNOWN
     fitted = linear_probe(learnt.features[known], labels[known], judged.features, seed=seed)

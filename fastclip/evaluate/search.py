@@ -15,7 +15,7 @@ from fastclip.data.images import BadImage, read_image
 from fastclip.data.sample import IMAGE_TYPES
 from fastclip.errors import UserError
 from fastclip.evaluate.drawing import Tile, draw_gallery
-from fastclip.evaluate.encode import encode_images, encode_texts
+from fastclip.evaluate.encode import READING, Reading, encode_images, encode_texts
 from fastclip.evaluate.files import save_json
 from fastclip.evaluate.glyph_index import INDEX, LEGEND, Found, GlyphIndex
 from fastclip.evaluate.index import FolderIndex, Hit, open_index
@@ -44,7 +44,7 @@ class Query:
         """[D], normalised. UserError for a picture that cannot be read."""
         if self.picture is None:
             return encode_texts(loaded, [self.words])[0]
-        return encode_images(loaded, [self.picture], max_skipped=0.0).features[0]
+        return encode_images(loaded, [self.picture], Reading(max_skipped=0.0)).features[0]
 
     def shown(self) -> str | np.ndarray:
         return self.words if self.picture is None else thumbnail(self.picture)
@@ -68,7 +68,7 @@ def search_glyphs(text: str, run: Path, top: int, out: Path | None) -> tuple[lis
     index = GlyphIndex.load(run / INDEX, glyphs, loaded.model)
     found = index.find(query.features(loaded), top)
     out = out or run / f"search-{query.slug()}.png"
-    title = f"fastclip search: {len(glyphs):,} pictures of {len(glyphs.names):,} characters"
+    title = f"fastclip search: {len(index.glyphs):,} pictures of {len(glyphs.names):,} characters"
     draw_gallery([(query.shown(), [hit.tile(query.words) for hit in found[:SHOWN]])], out, title, LEGEND)
     hits = [{"name": hit.name, "face": hit.face, "score": hit.score, "held_out": hit.held_out} for hit in found]
     save_json(out.with_suffix(".json"), {"query": text, "model": str(run), "found": hits})
@@ -82,9 +82,7 @@ def search_folder(
     top: int,
     out: Path | None,
     place: Path | None = None,
-    *,
-    batch: int = 64,
-    workers: int = 0,
+    reading: Reading = READING,
 ) -> tuple[list[Hit], FolderIndex, Path]:
     """The `top` pictures in the folder `images` that are closest to the query, the index, and the PNG of them.
 
@@ -93,7 +91,7 @@ def search_folder(
     """
     query = checked(text, top)
     wanted = query.features(loaded)
-    index = open_index(loaded, images, place, batch=batch, workers=workers)
+    index = open_index(loaded, images, place, reading)
     hits = index.find(wanted, top, without=query.picture)
     out = out or Path("runs/search") / f"search-{query.slug()}.png"
     tiles = [Tile(thumbnail(hit.path), str(hit.path.relative_to(index.folder)), hit.score) for hit in hits[:SHOWN]]
