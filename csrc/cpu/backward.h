@@ -42,7 +42,13 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
       }
       const V e = exp_minus(s, L::fill(S.row_shift[i0 + r]));
       const V shift = L::load(tail_shift + v * L::kLanes);
-      L::store(row + v * L::kLanes, kOneShift ? e * (a + b) : e * a + exp_minus(s, shift) * b);
+      V g = kOneShift ? e * (a + b) : e * a + exp_minus(s, shift) * b;
+      if (S.mask.row_ids) {
+        // The exponential of a pair left out may overflow, and 0 inf is NaN.
+        const V e_col = kOneShift ? e : exp_minus(s, shift);
+        g = (a != T(0) ? e * a : V{}) + (b != T(0) ? e_col * b : V{});
+      }
+      L::store(row + v * L::kLanes, g);
     }
     const uint64_t lane = positive_lane(S, i0 + r, j0);
     if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];

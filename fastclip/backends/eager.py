@@ -46,15 +46,16 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
     dx, dy = torch.zeros_like(xn), torch.zeros_like(yn)
     one_shift = is_one_shift(row_shift, col_shift)
     for rows, S, p in _chunks(xn, yn, scale, positive):
-        by_row, by_col = a[rows, None], b.expand_as(S)
         if mask.row_ids is not None:
+            # Zeroed after the product: the exponential of a pair left out may overflow, and 0 inf is NaN.
             out_of_rows, out_of_cols = _masked(S, rows, mask)
-            by_row, by_col = by_row.masked_fill(out_of_rows, 0.0), by_col.masked_fill(out_of_cols, 0.0)
-        if one_shift:
-            G = torch.exp_(S.sub_(row_shift[0])).mul_(by_row + by_col)
+            G = torch.exp_(S - row_shift[rows, None]).mul_(a[rows, None]).masked_fill_(out_of_rows, 0.0)
+            G += torch.exp_(S.sub_(col_shift)).mul_(b).masked_fill_(out_of_cols, 0.0)
+        elif one_shift:
+            G = torch.exp_(S.sub_(row_shift[0])).mul_(a[rows, None] + b)
         else:
-            G = torch.exp_(S - row_shift[rows, None]).mul_(by_row)
-            G += torch.exp_(S.sub_(col_shift)).mul_(by_col)
+            G = torch.exp_(S - row_shift[rows, None]).mul_(a[rows, None])
+            G += torch.exp_(S.sub_(col_shift)).mul_(b)
         G.scatter_(1, p, d[rows, None])
         _add_products(G, rows, xn, yn, dx if needs[0] or needs[2] else None, dy if needs[1] else None)
     inner = (xn * dx).sum(1)
