@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import torch
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True)
@@ -38,3 +39,35 @@ def caption_ids(captions: list[str]) -> torch.Tensor:
     """int64 [N]: equal for captions that differ in case or white space only, the same in every process and run."""
     digests = (blake2b(caption.casefold().encode(), digest_size=8).digest() for caption in captions)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)
+
+
+class Joined:
+    """A batch of `rows` pairs that comes in pieces: each is copied to its place and can then be freed."""
+
+    def __init__(self, rows: int, pin_memory: bool) -> None:
+        self.rows, self.pin_memory, self.filled = rows, pin_memory, 0
+        self.images: torch.Tensor | None = None
+        self.tokens: list[torch.Tensor] = []
+        self.pair_ids: list[torch.Tensor] = []
+
+    def add(self, piece: Batch) -> None:
+        """`piece` has pair_ids."""
+        if self.images is None:
+            shape = (self.rows, *piece.images.shape[1:])
+            self.images = torch.empty(shape, dtype=piece.images.dtype, pin_memory=self.pin_memory)
+        self.images[self.filled : self.filled + len(piece)] = piece.images
+        self.filled += len(piece)
+        # Copies: tensors from other processes hold an open file each, and a process may have few.
+        self.tokens.append(piece.tokens.clone())
+        self.pair_ids.append(piece.pair_ids.clone())
+
+    def batch(self) -> Batch | None:
+        """None where nothing was added. Rows of tokens are padded with 0 to the longest."""
+        if self.images is None:
+            return None
+        longest = max(tokens.shape[1] for tokens in self.tokens)
+        tokens = torch.cat([pad(tokens, (0, longest - tokens.shape[1])) for tokens in self.tokens])
+        pair_ids = torch.cat(self.pair_ids)
+        if self.pin_memory:
+            tokens, pair_ids = tokens.pin_memory(), pair_ids.pin_memory()
+        return Batch(self.images[: self.filled], tokens, pair_ids)

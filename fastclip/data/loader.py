@@ -10,12 +10,13 @@ import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from fastclip.data.batch import Batch
+from fastclip.data.batch import Batch, Joined
 from fastclip.data.config import DataConfig
 from fastclip.data.fetch import Collate, Fetched, Tokenizer
 from fastclip.data.report import REFUSED, SKIPPED, DataReport
@@ -52,7 +53,7 @@ def make_loader(
         )
     if config.last == "keep" and world > 1:
         raise ValueError("last='keep' is for one process: ranks would get batches of different sizes")
-    collate = Collate(Decoder.of(transform), tokenizer, config.pair_ids)
+    collate = Collate(Decoder.of(transform), tokenizer)
     if kind_of(config) == "shards":
         urls = tuple(expand(config.sources))
         plan = Shards(urls, read_counts(urls), collate, config, batch, rank, world, workers, seed)
@@ -115,42 +116,63 @@ class Loader:
             num_workers=self.workers,
             collate_fn=_same,
             worker_init_fn=start_worker,
-            pin_memory=self.pin_memory,
             # Its own: it draws a number from torch's global generator otherwise.
             generator=torch.Generator(),
         )
+        taken: list[Fetched] = []
+        joined = Joined(self.plan.batch, self.pin_memory)
         for fetched in fetching:
-            self._take(fetched)
-            if fetched.batch is not None:
-                yield fetched.batch
+            if fetched.failed is not None:
+                raise UserError(fetched.failed)
+            if fetched.piece is not None:
+                joined.add(fetched.piece)
+            taken.append(replace(fetched, piece=None))
+            if sum(part.counts for part in taken) == self.plan.pieces:
+                batch = joined.batch()
+                self.batches += 1
+                self._count(taken, batch)
+                if batch is not None:
+                    yield self._given(batch)
+                taken, joined = [], Joined(self.plan.batch, self.pin_memory)
+        # What does not fill a batch.
+        batch = joined.batch() if self.config.last == "keep" else None
+        self._count(taken, batch)
+        if batch is not None:
+            self.batches += 1
+            yield self._given(batch)
         self.report.check(self.config.max_skipped, final=True)
         if not self.batches:
             raise UserError(f"the data does not fill one batch: {self.report.summary()}")
         self.epoch, self.batches, self.streams = self.epoch + 1, 0, {}
 
-    def _take(self, fetched: Fetched) -> None:
-        self.report.merge(fetched.report)
-        if fetched.failed is not None:
-            raise UserError(fetched.failed)
-        for kind in (*SKIPPED, *REFUSED):
-            if kind in fetched.report.counts:
-                self._warn(kind, f"{kind}: {fetched.report.names[kind][0]} (left out; further ones are counted)")
-        if fetched.report.duplicates and not self.config.pair_ids:
-            self._warn(
-                "duplicates",
-                f"{fetched.report.duplicates} captions occur more than once in a batch and count as negatives of each "
-                "other; --data.pair-ids hands them to the loss as ids (further ones are counted)",
-            )
+    def _given(self, batch: Batch) -> Batch:
+        return batch if self.config.pair_ids else replace(batch, pair_ids=None)
+
+    def _count(self, taken: list[Fetched], batch: Batch | None) -> None:
+        """Report a batch and what was met on the way to it; UserError where that is too much."""
+        for part in taken:
+            self.report.merge(part.report)
+            for kind in (*SKIPPED, *REFUSED):
+                if kind in part.report.counts:
+                    self._warn(kind, f"{kind}: {part.report.names[kind][0]} (left out; further ones are counted)")
+            if part.stream is not None:
+                cursors = self.streams.get("cursors", {}) | {str(part.stream): list(part.cursor)}
+                self.streams = {"dealt": self.plan.dealt, "last": part.stream, "cursors": cursors}
+        if batch is not None:
+            duplicates = len(batch) - len(batch.pair_ids.unique())
+            self.report.duplicates += duplicates
+            if duplicates and not self.config.pair_ids:
+                self._warn(
+                    "duplicates",
+                    f"{duplicates:,} captions occur more than once in a batch and count as negatives of each other; "
+                    "--data.pair-ids hands them to the loss as ids (further ones are counted)",
+                )
         self.report.check(self.config.max_skipped)
-        self.batches += fetched.counts
-        if fetched.stream is not None:
-            cursors = self.streams.get("cursors", {}) | {str(fetched.stream): list(fetched.cursor)}
-            self.streams = {"dealt": self.plan.dealt, "last": fetched.stream, "cursors": cursors}
 
     def _warn(self, what: str, message: str) -> None:
         if what not in self.warned:
             self.warned.add(what)
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
 
 
 def _same(fetched: Fetched) -> Fetched:

@@ -2,11 +2,13 @@
 
 Batch b of an epoch is a pure function of (seed, epoch, b, rank): rows [b B W + r B, b B W + (r + 1) B) of the epoch's
 order, for batches of B on each of W ranks. So the batches of all ranks side by side are those of one process with W
-times the batch, the number of workers changes nothing, and going on from batch b costs nothing.
+times the batch, the number of workers changes nothing, and going on from batch b costs nothing. Workers fetch a batch
+in pieces.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 
 from fastclip.data.chance import generator_for, order
 from fastclip.data.config import DataConfig
-from fastclip.data.fetch import Collate, Fetched
+from fastclip.data.fetch import Collate, Fetched, pieces_of
 from fastclip.data.report import DataReport
 from fastclip.data.sample import BadSample, Sample
 from fastclip.errors import UserError
@@ -37,7 +39,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Rows(Dataset):
-    """The batches of one epoch on one rank; `at` turns it to another. UserError for fewer samples than one batch."""
+    """The pieces of the batches of one epoch on one rank. UserError for fewer samples than one batch."""
 
     source: Source
     collate: Collate
@@ -74,24 +76,30 @@ class Rows(Dataset):
     def dealt(self) -> None:
         """No batch depends on how many processes or workers there are."""
 
+    @property
+    def pieces(self) -> int:
+        """In which each batch is fetched."""
+        return pieces_of(self.batch)
+
     def resume(self, epoch: int, done: int, state: dict[str, Any]) -> tuple[Rows, Iterable[int]]:
-        """(the data set, the batch numbers left) of `epoch` after `done` batches."""
-        length = self.length if self.config.last == "keep" else self.steps * self.batch * self.world
+        """(the data set, the numbers of the pieces left) of `epoch` after `done` batches."""
+        keep = self.config.last == "keep"
+        length = self.length if keep else self.steps * self.batch * self.world
         config = self.config
         rows = order(len(self.source), length, self.seed, epoch, shuffle=config.shuffle, resample=config.resample)
-        return replace(self, epoch=epoch, order=rows), range(done, self.steps)
+        count = math.ceil(length / (self.batch // self.pieces)) if keep else self.steps * self.pieces
+        return replace(self, epoch=epoch, order=rows), range(done * self.pieces, count)
 
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, step: int) -> Fetched:
-        first = (step * self.world + self.rank) * self.batch
-        rows = self.order[first : first + self.batch].tolist()
-        report, used = DataReport(), set(rows)
+    def __getitem__(self, number: int) -> Fetched:
+        step, piece = divmod(number, self.pieces)
+        size = self.batch // self.pieces
+        start = (step * self.world + self.rank) * self.batch
+        first = start + piece * size
+        report = DataReport()
         images, captions, names = [], [], []
-        for position, row in enumerate(rows, first):
+        for position, row in enumerate(self.order[first : first + size].tolist(), first):
             try:
-                name, image, caption = self._decoded(row, position, used, report)
+                name, image, caption = self._decoded(row, position, start, report)
             except BadSample:
                 continue
             except UserError as error:
@@ -101,12 +109,13 @@ class Rows(Dataset):
             names.append(name)
         return Fetched(self.collate(images, captions, names, report), report)
 
-    def _decoded(self, row: int, position: int, used: set[int], report: DataReport) -> tuple[str, torch.Tensor, str]:
-        """The sample at `row`, or a random one in its place, if possible none that the batch has.
+    def _decoded(self, row: int, position: int, start: int, report: DataReport) -> tuple[str, torch.Tensor, str]:
+        """The sample at `row`, or a random one in its place, if possible one that the batch from `start` lacks.
 
         BadSample when none is wanted (last="keep"), UserError when none can be found.
         """
         generator = generator_for("sample", self.seed, self.epoch, position)
+        used: set[int] = set()
         for _ in range(ATTEMPTS):
             try:
                 sample = self.source[row]
@@ -115,6 +124,7 @@ class Rows(Dataset):
                 report.add(bad.kind, str(bad))
                 if self.config.last == "keep":
                     raise
+            used = used or set(self.order[start : start + self.batch].tolist())
             row = int(torch.randint(len(self.source), (1,), generator=generator))
             while row in used and len(used) < len(self.source):
                 row = int(torch.randint(len(self.source), (1,), generator=generator))

@@ -22,7 +22,7 @@ from fastclip.data.batch import Batch
 from fastclip.data.chance import generator_for
 from fastclip.data.config import DataConfig
 from fastclip.data.deal import Deal, Piece
-from fastclip.data.fetch import Collate, Fetched
+from fastclip.data.fetch import Collate, Fetched, pieces_of
 from fastclip.data.report import DataReport
 from fastclip.data.sample import BadSample, Sample
 from fastclip.data.tar import Note, label_of, read_shard
@@ -36,7 +36,10 @@ Notes = list[tuple[str, str]]
 
 @dataclass(frozen=True, eq=False)
 class Shards(IterableDataset):
-    """The batches of one epoch on one rank. UserError for less than a batch, or a length that ranks cannot know."""
+    """The pieces of the batches of one epoch on one rank.
+
+    UserError for less than a batch, and for a length that is needed and not known.
+    """
 
     urls: tuple[str, ...]
     counts: dict[str, int]
@@ -83,6 +86,11 @@ class Shards(IterableDataset):
         return whole + (self.config.last == "wrap" and rest > 0 and whole > 0)
 
     @property
+    def pieces(self) -> int:
+        """In which each batch is fetched, from the streams in turn."""
+        return pieces_of(self.batch)
+
+    @property
     def streams(self) -> int:
         """Of each rank."""
         return max(self.workers, 1)
@@ -107,14 +115,15 @@ class Shards(IterableDataset):
         number = worker.id if worker is not None else 0
         # The DataLoader asks its workers in turn, from the first: this one has the stream whose turn it is.
         stream = (self.last + 1 + number) % self.streams
-        left = None if self.steps is None else len(range(self.done + number, self.steps, self.streams))
+        done, steps, pieces = self.done, self.steps, self.pieces
+        left = None if steps is None else len(range(done * pieces + number, steps * pieces, self.streams))
         try:
-            yield from islice(self._batches(stream), left)
+            yield from islice(self._pieces(stream), left)
         except UserError as error:
             yield Fetched(None, failed=str(error))
 
-    def _batches(self, stream: int) -> Iterator[Fetched]:
-        # What was met: in all batches so far, and for this one.
+    def _pieces(self, stream: int) -> Iterator[Fetched]:
+        # What was met: in all pieces so far, and for this one.
         total, report = DataReport(), DataReport()
         images, captions, names = [], [], []
         cursor = self.cursors.get(stream, (0, 0))
@@ -141,7 +150,7 @@ class Shards(IterableDataset):
             images.append(image)
             captions.append(caption)
             names.append(sample.name)
-            if len(images) == self.batch:
+            if len(images) == self.batch // self.pieces:
                 yield self._fetched(self.collate(images, captions, names, report), report, stream, cursor)
                 total.merge(report)
                 report = DataReport()
@@ -149,8 +158,8 @@ class Shards(IterableDataset):
         rest = self.collate(images, captions, names, report) if self.config.last == "keep" else None
         yield self._fetched(rest, report, stream, cursor)
 
-    def _fetched(self, batch: Batch | None, report: DataReport, stream: int, cursor: Cursor) -> Fetched:
-        return Fetched(batch, report, stream=stream, cursor=cursor, counts=batch is not None)
+    def _fetched(self, piece: Batch | None, report: DataReport, stream: int, cursor: Cursor) -> Fetched:
+        return Fetched(piece, report, stream=stream, cursor=cursor, counts=piece is not None)
 
     def _samples(self, stream: int, cursor: Cursor) -> Iterator[tuple[Cursor, Sample | None, Notes]]:
         """(cursor after it, sample, notes), pass after pass; one pass where the epoch has no known length.

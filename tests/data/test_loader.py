@@ -12,8 +12,10 @@ from numbered import Letters, noisy, numbers, picture, plain, same, texts, write
 pytest.importorskip("pyarrow")
 pytest.importorskip("PIL")
 
+from fastclip.data import fetch
 from fastclip.data.batch import Batch, caption_ids
 from fastclip.data.config import DataConfig
+from fastclip.data.fetch import pieces_of
 from fastclip.data.loader import make_loader
 from fastclip.errors import UserError
 
@@ -101,6 +103,52 @@ def test_resume_is_bit_identical_with_augmentation(table, workers, done):
     assert len(rest) == len(expected) - done
     assert all(same(a, b) for a, b in zip(expected[done:], rest, strict=True))
     assert resumed.report == reference.report
+
+
+@pytest.mark.parametrize(
+    ("batch", "pieces"),
+    [(1, 1), (8, 1), (256, 1), (512, 2), (600, 3), (32768, 128), (131072, 512), (1021, 1), (514, 1)],
+    ids=["one", "small", "largest", "two", "three", "paper", "more", "prime", "twice-a-prime"],
+)
+def test_large_batches_are_fetched_in_equal_pieces(batch, pieces):
+    assert pieces_of(batch) == pieces
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Of 2 samples."""
+    monkeypatch.setattr(fetch, "LARGEST_PIECE", 2)
+    monkeypatch.setattr(fetch, "SMALLEST_PIECE", 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("last", ["drop", "keep"])
+def test_pieces_change_nothing_in_a_batch(table, workers, last, request):
+    """Tokenizers may pad to the longest text they are given, which differs from piece to piece."""
+
+    class Ragged(Letters):
+        def __call__(self, texts):
+            ids = super().__call__(texts)
+            return ids[:, : max(map(len, texts))]
+
+    config = replace(table, pair_ids=True, last=last)
+    whole = make_loader(config, Ragged(), noisy, BATCH)
+    expected = list(whole)
+    request.getfixturevalue("small_pieces")
+    pieces = make_loader(config, Ragged(), noisy, BATCH, workers=workers)
+    batches = list(pieces)
+    assert pieces.plan.pieces == 4 and pieces.report == whole.report
+    assert all(same(a, b) for a, b in zip(expected, batches, strict=True))
+    resumed = make_loader(config, Ragged(), noisy, BATCH, workers=workers)
+    resumed.load_state_dict({**pieces.state_dict(), "epoch": 0, "batches": 4})
+    assert all(same(a, b) for a, b in zip(expected[4:], resumed, strict=True))
+
+
+def test_duplicates_are_found_across_pieces(tmp_path, small_pieces):
+    config = DataConfig(str(write_table(tmp_path, 8, lambda i: f"number {i % 4}")), pair_ids=True)
+    found = loader(config)
+    (batch,) = found
+    assert found.report.duplicates == 4 and len(batch.pair_ids.unique()) == 4
 
 
 def test_leaving_an_epoch_and_coming_back_goes_on_there(table):

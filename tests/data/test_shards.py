@@ -16,6 +16,7 @@ pytest.importorskip("PIL")
 
 import fsspec
 
+from fastclip.data import fetch
 from fastclip.data.config import DataConfig
 from fastclip.data.deal import Deal, Piece
 from fastclip.data.loader import make_loader
@@ -166,8 +167,13 @@ def test_resampling_draws_shards_with_replacement(tmp_path):
 @pytest.mark.parametrize("index", [False, True], ids=["unknown", "counted"])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("workers", [0, 3])
-def test_resume_is_bit_identical_with_windows_cut_and_streams_of_different_length(tmp_path, workers, index):
+@pytest.mark.parametrize("piece", [8, 4])
+def test_resume_is_bit_identical_with_windows_cut_and_streams_of_different_length(
+    tmp_path, workers, index, piece, monkeypatch
+):
     """Windows of 16 and batches of 8, shards of 40 to 1: batches begin in the middle of both."""
+    monkeypatch.setattr(fetch, "LARGEST_PIECE", piece)
+    monkeypatch.setattr(fetch, "SMALLEST_PIECE", 1)
     config = replace(write_shards(tmp_path, SIZES["ragged"], index), last="drop" if index else "keep", pair_ids=True)
     (tmp_path / "s-002.tar").write_bytes((tmp_path / "s-002.tar").read_bytes()[:20_000])
     with pytest.warns(UserWarning, match=r"(damaged|changed) shard: s-002.tar"):
@@ -178,7 +184,7 @@ def test_resume_is_bit_identical_with_windows_cut_and_streams_of_different_lengt
                 expected.append(batch)
                 states.append(whole.state_dict())
         counts = whole.report.counts
-    for done in range(0, len(expected), 5 if workers else 2):
+    for done in range(0, len(expected), 9 if workers else 3):
         resumed = loader(config, workers=workers)
         resumed.load_state_dict(json.loads(json.dumps(states[done])))
         resumed.warned.update(counts)
@@ -301,7 +307,10 @@ def test_nothing_readable_is_an_error(tmp_path, index, workers):
             raise UserError
 
 
-def test_shards_smaller_than_one_batch_are_an_error(tmp_path):
+@pytest.mark.parametrize("piece", [8, 2])
+def test_shards_smaller_than_one_batch_are_an_error(tmp_path, piece, monkeypatch):
+    monkeypatch.setattr(fetch, "LARGEST_PIECE", piece)
+    monkeypatch.setattr(fetch, "SMALLEST_PIECE", 1)
     with pytest.raises(UserError, match="the data has 6 samples, fewer than one batch of 8"):
         loader(write_shards(tmp_path, (3, 3), index=True))
     (tmp_path / "index.json").unlink()
