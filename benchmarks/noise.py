@@ -17,8 +17,8 @@ class Noise:
         self.start_s = time.perf_counter()
 
     def measured(self) -> dict[str, float]:
-        """{"others_cores": cores that other programs kept busy, "stolen_cores": cores that the host gave elsewhere},
-        on average; empty where the system does not tell."""
+        """others_cores: cores that other programs kept busy, stolen_cores: cores that the host gave elsewhere, both on
+        average; cpu_s: processor time of this run. Empty where the system does not tell."""
         end, took = _counters(), time.perf_counter() - self.start_s
         if self.start is None or end is None or took <= 0:
             return {}
@@ -26,6 +26,7 @@ class Noise:
         return {
             "others_cores": round(max(0.0, busy - own) / took, 2),
             "stolen_cores": round(stolen / took, 2),
+            "cpu_s": round(own, 1),
         }
 
 
