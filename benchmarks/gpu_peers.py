@@ -101,7 +101,7 @@ class GpuPeer:
     def why_not(self) -> str | None:
         """None where it can run here, else the reason."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed"
+            return f"{self.needs} is not installed; pip install {self.needs.replace('_', '-')}"
         if self.name == "linear-cross-entropy" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             return f"it came with torch 2.13, this is {torch.__version__}"
         return None
