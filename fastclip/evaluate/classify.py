@@ -24,7 +24,7 @@ LISTED = 5  # best classes of each picture in the JSON
 
 @dataclass(frozen=True)
 class Classified:
-    """`scores` float32 [K, C] of the pictures that could be read, `kept` int64 [K] of `data`; `skipped`: why, by name.
+    """`scores` [K, C] of the pictures that could be read, `kept` int64 [K] of `data`; `skipped`: why, by name.
 
     Probabilities are softmax(scale * scores): the scores are cosines, or log-probabilities with scale 1.
     """

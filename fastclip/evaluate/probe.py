@@ -35,7 +35,7 @@ FITS = round((HIGHEST - LOWEST) / FIRST_STEP) + 1 + 2 * round(math.log2(FIRST_ST
 
 @dataclass(frozen=True)
 class Fitted:
-    """`scores` float32 [N, C], log-probabilities of the test pictures; `c`: the chosen inverse of the penalty.
+    """`scores` float64 [N, C], log-probabilities of the test pictures; `c`: the chosen inverse of the penalty.
 
     `sweep`: (C, accuracy on the validation part) of each that was tried, by C.
     """
@@ -57,7 +57,7 @@ def probe(
     labels = train.labels[learnt.kept]
     known = labels != UNKNOWN
     fitted = linear_probe(learnt.features[known], labels[known], judged.features, seed=seed)
-    scores = torch.full((len(judged.kept), len(train.classes)), -torch.inf)
+    scores = torch.full((len(judged.kept), len(train.classes)), -torch.inf, dtype=torch.float64)
     # A class without a picture to learn from is never the answer.
     scores[:, labels[known].unique()] = fitted.scores
     skipped = {
@@ -102,19 +102,24 @@ def linear_probe(
 
         best = best_exponent(accuracy)
         model = fit(train.numpy(), train_labels.numpy(), best, iterations)
-    scores = torch.from_numpy(model.predict_log_proba(test.numpy())).float()
+    # In float64: with a strong penalty all are nearly equal.
+    scores = torch.from_numpy(model.predict_log_proba(test.numpy().astype(np.float64)))
     return Fitted(scores, 10**best, [(10**exponent, right) for exponent, right in sorted(tried.items())])
 
 
 def best_exponent(accuracy: Callable[[float], float]) -> float:
-    """Where `accuracy` is highest, as far as halving the step shows; of equals the strongest penalty."""
+    """Where `accuracy` is highest, as far as halving the step shows; of equals the one nearest to 0 (C = 1)."""
+
+    def key(exponent: float) -> tuple[float, float]:
+        return accuracy(exponent), -abs(exponent)
+
     step = FIRST_STEP
     tries = [LOWEST + step * i for i in range(round((HIGHEST - LOWEST) / step) + 1)]
-    best = max(tries, key=accuracy)
+    best = max(tries, key=key)
     while step > LAST_STEP:
         step /= 2
         around = (best - step, best, best + step)
-        best = max((exponent for exponent in around if LOWEST <= exponent <= HIGHEST), key=accuracy)
+        best = max((exponent for exponent in around if LOWEST <= exponent <= HIGHEST), key=key)
     return best
 
 

@@ -28,8 +28,10 @@ def test_penalty_is_found_to_an_eighth_of_a_decade(peak):
     assert len(set(tried)) <= FITS == 15
 
 
-def test_of_equal_penalties_the_strongest_is_taken():
-    assert best_exponent(lambda exponent: 1.0) == -6
+def test_of_equal_penalties_the_one_nearest_to_one_is_taken():
+    assert best_exponent(lambda exponent: 1.0) == 0
+    assert best_exponent(lambda exponent: exponent >= 1) == 1
+    assert best_exponent(lambda exponent: exponent <= -3) == -3
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,7 @@ def test_probe_is_the_regression_with_the_chosen_penalty(problem):
     assert tried[fitted.c] == max(tried.values()) > min(tried.values()) and list(tried) == sorted(tried)
     expected = LogisticRegression(C=fitted.c, max_iter=1000).fit(train.numpy(), labels.numpy())
     np.testing.assert_allclose(fitted.scores.exp().numpy(), expected.predict_proba(test.numpy()), atol=1e-4)
+    assert fitted.scores.dtype == torch.float64
     accuracy = (fitted.scores.argmax(1) == truth).double().mean()
     # As good as the best penalty for the test set itself, nearly.
     best = max(
