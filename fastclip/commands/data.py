@@ -44,13 +44,15 @@ class Report:
     """How many to look at, spread over the data; all if not given. Of tar shards the first ones."""
     workers: int = 0
     """Processes that read and decode; 0 does it in this one."""
+    verify: bool = False
+    """Compare tar shards with the checksums of their index.json, too."""
     data: DataConfig = field(default_factory=DataConfig)
 
     def run(self) -> None:
         from fastclip.data.survey import describe, survey, write_report
 
         data = named(self.data, self.source)
-        figures = survey(data, self.workers, self.samples)
+        figures = survey(data, self.workers, self.samples, self.verify)
         print(describe(self.source, figures))
         write_report(data, figures, self.out)
         print(f"Written: {self.out / 'report.json'}, {self.out / 'sheet.png'}")

@@ -7,6 +7,7 @@ out; batches that workers have fetched ahead are not in it, and are fetched agai
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -180,6 +181,8 @@ def _same(fetched: Fetched) -> Fetched:
 
 
 def start_worker(number: int) -> None:
+    # Each worker is one process of several: no threads of its own.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # A forked copy of fsspec's event loop has no thread behind it.
     if "fsspec.asyn" in sys.modules:
         sys.modules["fsspec.asyn"].reset_lock()

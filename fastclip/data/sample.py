@@ -69,9 +69,13 @@ class Decoder:
         image = open_image(sample)
         if self.takes_generator:
             return self.transform(image, generator=generator), caption
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(generator.initial_seed())
+        # Not torch.manual_seed, which prepares seeds for GPUs too: it takes longer than decoding a small image.
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(generator.initial_seed())
+        try:
             return self.transform(image), caption
+        finally:
+            torch.default_generator.set_state(before)
 
 
 def open_image(sample: Sample) -> Image.Image:

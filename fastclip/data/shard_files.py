@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from fastclip.data.tar import label_of
 from fastclip.errors import UserError
@@ -11,6 +14,8 @@ from fastclip.errors import UserError
 INDEX = "index.json"
 # An index comes with the data: a count beyond this is a lie.
 LARGEST_COUNT = 10_000_000
+# Bytes.
+CHUNK = 2**20
 
 
 def expand(sources: tuple[str, ...]) -> list[str]:
@@ -39,11 +44,19 @@ def refuse_pipe(source: str) -> None:
         raise UserError(f"pipe: URLs run shell commands and are refused: {source!r}")
 
 
-def read_counts(urls: list[str]) -> dict[str, int]:
-    """Samples of each shard that the index.json beside it knows. UserError for an index that cannot be understood."""
+@dataclass(frozen=True)
+class Entry:
+    """What an index.json says of a shard."""
+
+    samples: int
+    sha256: str | None
+
+
+def read_index(urls: Sequence[str]) -> dict[str, Entry]:
+    """The entries of those shards that the index.json beside them knows. UserError for one that is damaged."""
     import fsspec
 
-    counts: dict[str, int] = {}
+    entries: dict[str, Entry] = {}
     for folder in dict.fromkeys(url.rpartition("/")[0] for url in urls):
         address = f"{folder}/{INDEX}" if folder else INDEX
         try:
@@ -52,22 +65,46 @@ def read_counts(urls: list[str]) -> dict[str, int]:
         except (FileNotFoundError, PermissionError):  # S3 answers so where listing is not allowed
             continue
         stored = parse_index(content, address)
-        counts |= {
-            url: stored[label_of(url)] for url in urls if url.rpartition("/")[0] == folder and label_of(url) in stored
-        }
-    return counts
+        beside = [url for url in urls if url.rpartition("/")[0] == folder]
+        entries |= {url: stored[label_of(url)] for url in beside if label_of(url) in stored}
+    return entries
 
 
-def parse_index(content: bytes, address: str) -> dict[str, int]:
-    """{file name: samples} of an index.json."""
+def read_counts(urls: Sequence[str]) -> dict[str, int]:
+    """Samples of each shard that an index.json knows."""
+    return {url: entry.samples for url, entry in read_index(urls).items()}
+
+
+def parse_index(content: bytes, address: str) -> dict[str, Entry]:
+    """{file name: entry} of an index.json."""
     try:
         shards = json.loads(content)["shards"]
-        counts = {shard["name"]: shard["samples"] for shard in shards}
-        if not all(type(count) is int and 0 <= count <= LARGEST_COUNT for count in counts.values()):
+        entries = {shard["name"]: Entry(shard["samples"], shard.get("sha256")) for shard in shards}
+        if not all(type(entry.samples) is int and 0 <= entry.samples <= LARGEST_COUNT for entry in entries.values()):
             raise ValueError("a count that cannot be")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise UserError(f"cannot understand {address}: {error}") from error
-    return counts
+    return entries
+
+
+def changed_shards(urls: Sequence[str]) -> Iterator[str]:
+    """Names of the shards whose content is not what their index.json says; each is read whole."""
+    import fsspec
+
+    for url, entry in read_index(urls).items():
+        if entry.sha256 is None:
+            continue
+        files, path = fsspec.core.url_to_fs(url)
+        found = hashlib.sha256()
+        try:
+            with files.open(path, "rb") as file:
+                while content := file.read(CHUNK):
+                    found.update(content)
+        except FileNotFoundError:
+            yield f"{label_of(url)}: missing"
+            continue
+        if found.hexdigest() != entry.sha256:
+            yield f"{label_of(url)}: its SHA-256 is not that of index.json"
 
 
 def _matches(name: str) -> list[str]:

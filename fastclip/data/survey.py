@@ -19,7 +19,9 @@ from fastclip.data.cache import write_atomic
 from fastclip.data.config import DataConfig
 from fastclip.data.report import DataReport
 from fastclip.data.sample import BadSample, Sample, open_image, to_text
+from fastclip.data.shard_files import changed_shards, expand
 from fastclip.data.sheet import contact_sheet, examples
+from fastclip.data.sources import kind_of
 from fastclip.data.walk import walk
 from fastclip.errors import UserError
 
@@ -108,9 +110,10 @@ class Survey:
         }
 
 
-def survey(data: DataConfig, workers: int = 0, most: int | None = None) -> dict[str, Any]:
+def survey(data: DataConfig, workers: int = 0, most: int | None = None, verify: bool = False) -> dict[str, Any]:
     """Look at every sample, or at `most` spread over those that can be read in any order, else the first ones.
 
+    verify: compare tar shards with the checksums of their index.
     UserError for a source that cannot be opened, or of which nothing can be used.
     """
     from tqdm import tqdm
@@ -130,9 +133,13 @@ def survey(data: DataConfig, workers: int = 0, most: int | None = None) -> dict[
             figures.add(seen.result)
         if figures.report.samples + figures.report.skipped == most:
             break
+    seconds = time.perf_counter() - began
+    if verify and kind_of(data) == "shards":
+        for name in changed_shards(expand(data.sources)):
+            figures.report.add("changed shard", name)
     if not figures.report.samples:
         raise UserError(f"no sample can be used: {figures.report.summary()}")
-    return figures.figures(time.perf_counter() - began, workers)
+    return figures.figures(seconds, workers)
 
 
 def spread(size: int, most: int | None) -> range:

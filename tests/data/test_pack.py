@@ -218,6 +218,24 @@ def test_the_report_of_shards_and_of_a_part(tmp_path):
     assert len(examples(DataConfig(str(tmp_path / "out")), 9)) == 9
 
 
+def test_verify_names_shards_that_were_changed_or_removed(tmp_path):
+    out = tmp_path / "out"
+    pack(DataConfig(str(write_table(tmp_path / "set", 50))), out, PackConfig(per_shard=20))
+    config = DataConfig(str(out / "{000000..000002}.tar"))
+    assert survey(config, verify=True)["found"] == {}
+    content = bytearray((out / "000001.tar").read_bytes())
+    # In the padding behind the first member: no sample changes.
+    content[1020] ^= 1
+    (out / "000001.tar").write_bytes(content)
+    (out / "000002.tar").unlink()
+    assert survey(config)["found"] == {"unreadable shard": 1}
+    figures = survey(config, verify=True)
+    assert figures["names"]["changed shard"] == [
+        "000001.tar: its SHA-256 is not that of index.json",
+        "000002.tar: missing",
+    ]
+
+
 def test_the_sheet_shows_each_picture_in_its_place():
     red, blue = Image.new("RGB", (SIDE, 20), "red"), Image.new("RGB", (20, SIDE), "blue")
     sheet = contact_sheet([(red, "a " * 400), (blue, "")])
