@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastclip import sigmoid
+from fastclip import backends, sigmoid
 from fastclip.distributed.exchange import all_reduce, all_rows, gather_rows, whole
 from fastclip.distributed.ring_sigmoid import SigmoidOptions, ring_row_losses, ring_sum
 from fastclip.distributed.shards import Shards, agree, tensor_text
@@ -31,6 +31,7 @@ def siglip_loss(check: Callable[[], SigmoidInputs], options: SigmoidOptions, gro
 
     def describe(given: SigmoidInputs) -> tuple[int, int, str]:
         n, width = given.image.shape
+        backends.choose(given.image, options.backend or "")  # raises where it cannot run
         return n, n, f"siglip_loss D={width} {tensor_text(**given._asdict())} reduction={reduction} {options}"
 
     (image, text, scale, bias, weight, ids), shards = agree(group, check, describe)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastclip import ops, softmax
+from fastclip import backends, ops, softmax
 from fastclip.distributed.exchange import all_reduce, gather_rows, sum_over_ranks, whole
 from fastclip.distributed.ids import Ids, gather_ids, mean_by_id
 from fastclip.distributed.ring import blocks
@@ -40,6 +40,7 @@ def clip_loss(
 
     def describe(checked: Checked) -> tuple[int, int, str]:
         x, y, scale, weight, ids, options = checked
+        backends.choose(x, options.backend or "")  # raises where it cannot run
         tensors = tensor_text(image=x, text=y, scale=scale, weight=weight, ids=ids)
         return len(x), len(y), f"clip_loss D={x.shape[1]} {tensors} reduction={reduction} {options} {return_stats=}"
 
@@ -65,6 +66,7 @@ def info_nce(check: Callable[[], tuple], form: InfoNCEForm, group: object) -> Te
             raise NotImplementedError(
                 "info_nce with both labels= and group= is not available: put each query's key first"
             )
+        backends.choose(x, options.backend or "")
         tensors = tensor_text(query=x, key=y, scale=scale, weight=weight, ids=ids)
         return len(x), len(y), f"info_nce D={x.shape[1]} {tensors} {options} {form}"
 

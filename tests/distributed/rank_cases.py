@@ -3,12 +3,22 @@
 Legend: whole batches come in, x, y [N, D]; each rank cuts out its rows by `sizes`, its share of N.
 """
 
+import contextlib
+import importlib.util
+import warnings
+from collections import Counter
+from pathlib import Path
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastclip
-from fastclip.distributed import Sharded
+from fastclip.distributed import Sharded, exchange
 
 
 def rows(sizes: tuple[int, ...], rank: int) -> slice:
@@ -77,3 +87,106 @@ def pairs_step(rank, group, loss: str, mode: str, sizes, x, y, numbers: dict[str
 
 def pairs_steps(rank, group, cases: list[tuple]):
     return [pairs_step(rank, group, *case) for case in cases]
+
+
+def outcome(rank, group, loss: str, calls: dict[int, dict], default: dict) -> tuple[str, str]:
+    """(exception's name, message) of a call whose arguments are `default`, but calls[rank] on the ranks named there."""
+    arguments = default | calls.get(rank, {})
+    mode = arguments.pop("mode", "gather")
+    try:
+        getattr(fastclip, loss)(**arguments, group=Sharded(group, mode))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def traffic(rank, group, loss: str, mode: str, sizes, x, y) -> dict[str, int]:
+    """Bytes that this rank sends to others in forward and backward, by kind of message."""
+    sent: Counter = Counter()
+    others = len(sizes) - 1
+
+    def counted(kind: str, run, bytes_of):
+        def wrapper(*args, **kwargs):
+            sent[kind] += bytes_of(*args)
+            return run(*args, **kwargs)
+
+        return wrapper
+
+    def of_all_to_all(_, t, __, in_sizes):
+        return t.nbytes - t[: in_sizes[rank]].nbytes
+
+    def of_p2p(operations):
+        return sum(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+
+    patches = [
+        mock.patch.object(dist, "all_gather", counted("header", dist.all_gather, lambda _, t: others * t.nbytes)),
+        mock.patch.object(dist, "all_reduce", counted("all_reduce", dist.all_reduce, lambda t: t.nbytes)),
+        mock.patch.object(
+            exchange,
+            "_all_gather_single",
+            counted("gather", exchange._all_gather_single, lambda _, t: others * t.nbytes),
+        ),
+        mock.patch.object(dist, "all_to_all_single", counted("to_owners", dist.all_to_all_single, of_all_to_all)),
+        mock.patch.object(dist, "batch_isend_irecv", counted("ring", dist.batch_isend_irecv, of_p2p)),
+    ]
+    own = rows(sizes, rank)
+    x, y = x[own].requires_grad_(), y[own].requires_grad_()
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        getattr(fastclip, loss)(x, y, 10.0, group=Sharded(group, mode)).backward()
+    return dict(sent)
+
+
+def kept(rank, group, loss: str, mode: str, n: int, width: int) -> int:
+    """Bytes that autograd keeps for backward on this rank, n rows each; every storage counted once."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, y = torch.randn(n, width, requires_grad=True), torch.randn(n, width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        getattr(fastclip, loss)(x, y, 10.0, group=Sharded(group, mode))
+    return sum(storages.values())
+
+
+def fsdp_step(rank, group, mode: str, sizes, x, y, scale: float):
+    """As ddp_step for clip_loss, under FSDP2: parameters sharded over the ranks, the whole gradients put together."""
+    model = Pair(x.shape[1], scale, 0.0, x.dtype)
+    # FSDP2 shards along the first dimension, which a 0-d parameter has not.
+    model.scale, model.bias = (nn.Parameter(p.detach().reshape(1)) for p in (model.scale, model.bias))
+    mesh = DeviceMesh.from_group(group, "cpu")
+    for part in (model.image, model.text, model):
+        fully_shard(part, mesh=mesh)
+    own = rows(sizes, rank)
+    image, text, multiplier, bias = model(x[own], y[own])
+    value = fastclip.clip_loss(image, text, multiplier, group=Sharded(group, mode))
+    (value + 0.0 * bias.sum()).backward()
+    return {"loss": value.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+def open_clip_losses():
+    """The file open_clip/loss.py alone: it needs torch only, the package torchvision and more."""
+    file = Path(importlib.util.find_spec("open_clip").origin).with_name("loss.py")
+    spec = importlib.util.spec_from_file_location("open_clip_loss", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def module_step(rank, group, whose: str, name: str, options: dict, x, y, scale: float):
+    """ddp_step with a loss module, fastclip's or OpenCLIP's, over the default group. Also the warnings it gave."""
+    world = dist.get_world_size()
+    losses = fastclip if whose == "fastclip" else open_clip_losses()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = getattr(losses, name)(rank=rank, world_size=world, **options)
+    model = DistributedDataParallel(Pair(x.shape[1], scale, -5.0, x.dtype))
+    own = rows((len(x) // world,) * world, rank)
+    image, text, multiplier, bias = model(x[own], y[own])
+    value = loss(image, text, multiplier, bias)
+    value.backward()
+    grads = {name: p.grad for name, p in model.module.named_parameters()}
+    return value.detach(), grads, [str(warning.message) for warning in caught]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import dense_loss
-from rank_cases import Pair, ddp_steps
+from rank_cases import Pair, ddp_steps, fsdp_step
 from test_accuracy import ULPS, antipodal, collapsed, half_trained, natural_sizes, random_batch, trained
 from torch import Tensor
 
@@ -135,3 +135,16 @@ def test_bfloat16(pool, loss, mode):
     ranks = pool.run(ddp_steps, [(loss, mode, *case) for case in made])
     for case, steps in zip(made, zip(*ranks, strict=True), strict=True):
         assert_as_good_as_dense(loss, case, steps)
+
+
+@pytest.mark.parametrize("mode", ["gather", "ring"])
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 3)], ids=str)
+def test_fsdp2(pool, sizes, mode):
+    """FSDP2 averages as DDP does; the logit scale, one number, is a parameter [1]."""
+    for kind in ("random", "half-trained", "scale 1e4"):
+        make, scale, _ = KINDS[kind]
+        x, y = make(torch.Generator().manual_seed(0), sum(sizes), WIDTH, torch.float64)
+        steps = pool.run(fsdp_step, mode, sizes, x, y, scale, world=len(sizes))
+        for step in steps:
+            step.update({name: step[name].reshape(()) for name in ("scale", "bias")})
+        assert_as_good_as_dense("clip_loss", (sizes, x, y, scale, True), steps)
