@@ -1,10 +1,12 @@
-"""What fastclip buys on this machine: time, memory and error of the loss beside its alternatives.
+"""What fastclip buys on this machine: time, memory and error beside its alternatives. docs/benchmarks.md.
 
-    python -m benchmarks --quick        under three minutes on two cores
-    python -m benchmarks                the whole table
+    fastclip bench --quick                                        under three minutes on two cores
+    fastclip bench                                                everything; make bench, python -m benchmarks
     python -m benchmarks.report RESULTS.json --docs README.md     measured tables into documents
-    python -m pytest benchmarks --benchmark-only                  the timed cases, for --benchmark-compare
+    python -m pytest benchmarks                                   the timed cases under pytest-benchmark
 
-problems (what is computed) -> truth (float64) -> peers (who computes it) -> measure, gemm, memory (how it is
-measured) -> run (in which order) -> results (what is kept) -> report, plots (how it is shown).
+case (what a case is) -> clip, siglip, retrieval, step, loading (the cases; problems, truth, peers are the CLIP loss's)
+-> children, memory, timing, ceiling, measure (how it is measured) -> run, suite (in which order) -> results (what is
+kept) -> tables, report, plots, bars, capacity, pictures, page (how it is shown) -> guard, agree, merge (how files are
+compared and joined). external names benchmarks with an order of their own; gpu*.py are `make gpu`'s.
 """

@@ -101,6 +101,7 @@ class Case(ABC):
     title: ClassVar[str]
     reference: ClassVar[str]
     rounding: ClassVar[dict[str, float]] = ROUNDING
+    patience: ClassVar[float] = 1.0  # how many times --call-limit-s a call may take
 
     peers: ClassVar[dict[str, Peer]]
 

@@ -8,7 +8,7 @@ from fastclip.benchmarks.peers import PEERS
 from fastclip.benchmarks.problems import batch, feature_mib
 from fastclip.benchmarks.truth import truth
 
-QUICK, FULL = (1024, 4096), (1024, 2048, 4096, 8192, 16384, 32768, 65536)
+QUICK, FULL = (1024, 4096), (1024, 2048, 4096, 8192, 16384, 65536)
 WIDTHS_AT = 4096  # N at which other widths are measured
 
 

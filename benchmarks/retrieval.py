@@ -90,6 +90,7 @@ class RanksCase(_Retrieval):
     name = "ranks"
     title = "Retrieval ranks, both directions"
     rounding = RANK_ROUNDING
+    patience = 2.0  # 100,000 x 100,000
     peers = by_name(
         Peer(
             "cpu",

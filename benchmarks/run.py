@@ -17,7 +17,10 @@ from fastclip.benchmarks.timing import Rounds, Schedule, measure_rounds
 
 HOPELESS = 12  # a peer this many times slower than the fastest is followed up to calls of HOPELESS_S only
 HOPELESS_S = 2.0
-COLD_IS_WARM_S = 4.0  # a call this long does not notice a cold start
+COLD_IS_WARM_S = 0.4  # a call this long does not notice a cold start
+CHILD_COUNTS_S = 4.0  # where all are this long, the calls that measured memory are a round too
+LONG_ROUND_S = 40.0  # a round this long is made once more, and that is all
+PATIENCE = 6  # times --group-s that three rounds in each process may take
 YARDSTICK_ROWS = 1024
 
 
@@ -79,7 +82,8 @@ class Runner:
         if needed > self.limit_mib:
             return "out of memory", f"needs about {needed / 1024:.0f} GiB, the limit is {self.limit_mib / 1024:.0f} GiB"
         expected_s = self._expected_seconds(problem)
-        own_s, limit_s = expected_s.get(peer.name, 0.0), self.config.call_limit_s
+        own_s = expected_s.get(peer.name, 0.0)
+        limit_s = self.config.call_limit_s * CASES[problem.case].patience
         if own_s > HOPELESS * min(expected_s.values(), default=0.0):
             limit_s = min(limit_s, HOPELESS_S)
         if own_s > limit_s:
@@ -127,7 +131,7 @@ class Runner:
     def _time(self, rows: list[Row], case: Case, problem: Problem, truth: Truth) -> None:
         """Paired runs in several processes, and what follows from them."""
         names = [row.peer for row in rows]
-        processes, schedule = self._schedule(rows)
+        processes, schedule = self._schedule(rows, case)
         yardstick = self._yardstick(case, problem)
         measured = []
         for _ in range(processes):
@@ -145,20 +149,22 @@ class Runner:
                 row.status, row.note = "wrong" if wrong else "failed", failures[row.peer]
         timed = [row for row in rows if all(row.peer in rounds.seconds for rounds in measured)]
         times = {row.peer: [s for rounds in measured for s in rounds.seconds[row.peer]] for row in timed}
-        self._summarise(timed, times, case, problem, measured, first_round=not schedule.warm)
+        child_counts = min(row.child_s or 0.0 for row in rows) > CHILD_COUNTS_S
+        self._summarise(timed, times, case, problem, measured, child_counts)
 
-    def _schedule(self, rows: list[Row]) -> tuple[int, Schedule]:
+    def _schedule(self, rows: list[Row], case: Case) -> tuple[int, Schedule]:
         """How many processes, and what each is to do."""
-        known = [row.child_s or 0.0 for row in rows]
-        each_s = self.config.group_s / self.config.processes
-        if min(known) > COLD_IS_WARM_S:  # the calls that measured memory are a round too
-            return 2, Schedule(range(1, 2), each_s, warm=False)
-        least = 3 if 4 * sum(known) < each_s else 1
-        return self.config.processes, Schedule(range(least, 12), each_s)
+        processes, each_s = self.config.processes, self.config.group_s / self.config.processes
+        known = {row.peer: row.child_s or 0.0 for row in rows}
+        long = {name for name, seconds in known.items() if seconds > COLD_IS_WARM_S}
+        cold = tuple(name for name in known if name in long and not case.peers[name].compiles)
+        round_s = sum(known.values())
+        if min(known.values()) > CHILD_COUNTS_S:
+            return 1 if round_s > LONG_ROUND_S else 2, Schedule(range(1, 2), each_s, cold)
+        affordable = PATIENCE * self.config.group_s / (processes * round_s) if round_s else 3.0
+        return processes, Schedule(range(max(1, min(3, int(affordable))), 12), each_s, cold)
 
-    def _summarise(self, rows, times, case: Case, problem: Problem, measured: list[Rounds], first_round: bool) -> None:
-        flop, moved = case.floor(problem)
-        gflops = {dtype: _fastest(measured, dtype) for dtype in measured[0].gflops}
+    def _summarise(self, rows, times, case: Case, problem: Problem, measured: list[Rounds], child_counts: bool) -> None:
         base = times.get(rows[0].peer) if rows and rows[0].peer == self._first(case, problem) else None
         for row in rows:
             runs = times[row.peer]
@@ -166,22 +172,25 @@ class Runner:
             for rounds in measured:
                 for name, value in rounds.error.get(row.peer, {}).items():
                     row.error[name] = max(value, row.error.get(name, 0.0))
-            everything = [row.child_s, *runs] if first_round and row.child_s else runs
-            row.seconds = asdict(Spread.of(everything))
+            row.seconds = asdict(Spread.of([row.child_s, *runs] if child_counts else runs))
             row.ratio = asdict(paired(runs, base)) if base else None
-            if not flop:
-                continue
-            rate, row.gemm_library = gflops[row.dtype]
-            row.byte_floor_s = moved / Spread.of([rounds.gbytes for rounds in measured]).median / 1e9
-            floors = [max(flop / r / 1e9, row.byte_floor_s) for r in rate]
-            row.gemm_gflops, row.floor_s = Spread.of(rate).median, Spread.of(floors).median
-            row.share = asdict(paired(floors, runs))
-            fp32_floors = [max(flop / r / 1e9, row.byte_floor_s) for r in gflops["fp32"][0]]
-            row.fp32_share = asdict(paired(fp32_floors, runs))
+            if measured[0].gflops:
+                _compare_with_floor(row, runs, measured, *case.floor(problem))
 
     def _first(self, case: Case, problem: Problem) -> str:
-        """The peer that the others' times are divided by."""
-        return next(name for name, peer in case.peers.items() if case.wants(peer, problem, self.config))
+        """The peer that the others' times are divided by: the first that can run here."""
+        wanted = [peer for peer in case.peers.values() if case.wants(peer, problem, self.config)]
+        return next((peer.name for peer in wanted if peer.why_not() is None), "")
+
+
+def _compare_with_floor(row: Row, runs: list[float], measured: list[Rounds], flop: float, moved: float) -> None:
+    """Floors of every round, from the rates that were measured in it, over the time of the same round."""
+    row.byte_floor_s = moved / Spread.of([rounds.gbytes for rounds in measured]).median / 1e9
+    rates, row.gemm_library = _fastest(measured, row.dtype)
+    fp32_rates, _ = _fastest(measured, "fp32")
+    floors, fp32_floors = ([max(flop / r / 1e9, row.byte_floor_s) for r in each] for each in (rates, fp32_rates))
+    row.gemm_gflops, row.floor_s = Spread.of(rates).median, Spread.of(floors).median
+    row.share, row.fp32_share = asdict(paired(floors, runs)), asdict(paired(fp32_floors, runs))
 
 
 def _fastest(measured: list[Rounds], dtype: str) -> tuple[list[float], str]:

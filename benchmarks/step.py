@@ -21,7 +21,7 @@ SIZE, TOKENS, VOCABULARY = 32, 16, 1000
 PIECE = 256  # pairs encoded at a time where gradients are cached
 LOGIT_SCALE = 20.0
 STEP = "one step"
-QUICK, FULL = (2048,), (2048, 8192)
+QUICK, FULL = (1024,), (2048, 4096)
 
 
 class Towers(nn.Module):

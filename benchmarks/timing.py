@@ -5,16 +5,18 @@ from dataclasses import dataclass, field
 from fastclip.benchmarks.case import Problem, Truth, errors
 from fastclip.benchmarks.ceiling import Ceiling, bandwidth
 from fastclip.benchmarks.measure import interleaved
+from fastclip.benchmarks.memory import WARM_UP_ROWS
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """rounds: at least start, at most stop; between them until budget_s has passed. warm: a call of each first, which
-    is checked and not timed."""
+    """rounds: at least start, at most stop; between them until budget_s has passed. cold: peers whose calls are so long
+    that they do not notice a cold start: these run a small problem first, the others the problem itself, which is then
+    checked and not timed."""
 
     rounds: range
     budget_s: float
-    warm: bool = True
+    cold: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def measure_rounds(
     for name in names:
         try:
             call = case.peers[name].prepare(problem)
-            if schedule.warm:
+            if name in schedule.cold:
+                case.peers[name].prepare(problem.of_size(WARM_UP_ROWS))()
+            else:
                 error[name] = errors(case.observe(call(), problem), truth)
         except (RuntimeError, MemoryError) as problem_with_it:
             failure[name] = f"{type(problem_with_it).__name__}: {(str(problem_with_it).splitlines() or [''])[0]}"

@@ -17,6 +17,9 @@ from fastclip.benchmarks.config import Config
 from fastclip.benchmarks.measure import Spread, interleaved, paired
 from fastclip.benchmarks.peers import open_clip
 from fastclip.benchmarks.problems import batch
+from fastclip.benchmarks.results import Results, Row
+from fastclip.benchmarks.run import Runner, _compare_with_floor
+from fastclip.benchmarks.timing import Rounds
 from fastclip.benchmarks.truth import truth
 
 SMALL_SIZES = {"loading": 3}  # pictures of 320 x 256
@@ -141,6 +144,7 @@ def test_a_peer_without_room_or_time_is_named_with_the_reason(patchable):
     patchable.setitem(CLIP.peers, "eager", replace(CLIP.peers["eager"], why_not=lambda: "pip install it"))
     rows = run(replace(SMALL, memory_limit_gib=1e-9)).rows
     assert (rows[0].status, rows[0].note) == ("not run", "pip install it")
+    assert run(SMALL).rows[1].ratio["median"] == 1.0  # the others are divided by the first that can run
     assert rows[1].status == "out of memory" and "needs about" in rows[1].note
     slow = run(replace(SMALL, sizes=(N, 2 * N), peers=("dense",), modes=("forward",), call_limit_s=1e-9)).rows
     assert [row.status for row in slow] == ["measured", "not run"]
@@ -163,6 +167,35 @@ def test_a_run_in_child_processes_measures_times_memory_and_floor():
         assert set(row.error) == {"loss", "image_grad", "text_grad", "scale_grad"}
         assert row.floor_s > row.byte_floor_s > 0 and 0 < row.share["median"] < 1
     assert set(eager.ratio["runs"]) == {1.0} and len(dense.ratio["runs"]) == len(dense.seconds["runs"])
+
+
+def test_the_share_of_the_floor_is_that_of_the_fastest_library_round_by_round():
+    gflops = {"bf16": {"torch.mm": [10.0, 20.0], "oneDNN": [5.0, 5.0]}, "fp32": {"torch.mm": [100.0, 100.0]}}
+    measured = [Rounds({"eager": [0.4, 0.2]}, gflops, gbytes=20.0)]
+    row = Row("clip", "eager", "fastclip eager", N, D, "bf16", TRAINING)
+    _compare_with_floor(row, [0.4, 0.2], measured, flop=2e9, moved=1e9)
+    # 2 GFLOP at 10 and 20 GFLOP/s are 0.2 and 0.1 s; 1 GB at 20 GB/s is 0.05 s, more than the fp32 products' 0.02 s.
+    assert row.share["runs"] == pytest.approx([0.5, 0.5]) and row.gemm_library == "torch.mm"
+    assert row.fp32_share["runs"] == pytest.approx([0.125, 0.25]) and row.byte_floor_s == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("calls_s", "processes", "rounds", "cold"),
+    [
+        ((0.01, 0.02), 3, 3, 0),
+        ((0.3, 8.0), 3, 3, 1),
+        ((1.0, 15.0), 3, 2, 2),
+        ((5.0, 9.0), 2, 1, 2),
+        ((30.0, 31.0), 1, 1, 2),
+    ],
+    ids=("short", "one long", "all long", "child counts", "very long"),
+)
+def test_slow_calls_get_fewer_rounds(calls_s, processes, rounds, cold):
+    runner = Runner(Config(widths=(), threads=1).resolved(), Results("cpu", {}), tell=lambda what: None)
+    rows = [replace(Row("clip", name, "", N, D, "fp32", TRAINING), child_s=s)
+            for name, s in zip(("eager", "dense"), calls_s, strict=True)]  # fmt: skip
+    made, schedule = runner._schedule(rows, CLIP)
+    assert (made, schedule.rounds.start, len(schedule.cold)) == (processes, rounds, cold)
 
 
 def test_peak_memory_counts_the_matrices_of_the_dense_loss():
@@ -236,6 +269,7 @@ def test_settings_are_checked(wrong):
 
 def test_flags_fill_in_what_was_left_out():
     assert Config(quick=True).resolved().dtypes == ("fp32",)
+    assert not Config().wants("large_batch") and Config(only=("large_batch",)).wants("large_batch")
     full = Config(processes=5, widths=()).resolved()
     assert (full.processes, full.widths) == (5, ()) and full.threads == torch.get_num_threads()
 
