@@ -64,11 +64,12 @@ class BpeTokenizer:
         return self.tokenizer.get_vocab_size()
 
     def __call__(self, texts: str | Sequence[str]) -> torch.Tensor:
-        return ids_of(self.tokenizer, [texts] if isinstance(texts, str) else list(texts), self.context)
+        texts = [texts] if isinstance(texts, str) else texts
+        return ids_of(self.tokenizer, [whole(text) for text in texts], self.context)
 
     def truncated(self, texts: Sequence[str]) -> torch.Tensor:
         """bool [N]: the texts of which the context cuts something off."""
-        return torch.tensor([bool(e.overflowing) for e in self.tokenizer.encode_batch(list(texts))], dtype=torch.bool)
+        return too_long(self.tokenizer, [whole(text) for text in texts])
 
 
 class ClipTokenizer:
@@ -144,8 +145,7 @@ class ClipTokenizer:
 
     def truncated(self, texts: Sequence[str]) -> torch.Tensor:
         """bool [N]: the texts of which the context cuts something off."""
-        cleaned = [part_false_tokens(clean(text)) for text in texts]
-        return torch.tensor([bool(e.overflowing) for e in self.tokenizer.encode_batch(cleaned)], dtype=torch.bool)
+        return too_long(self.tokenizer, [part_false_tokens(clean(text)) for text in texts])
 
 
 Tokenizer = BpeTokenizer | ClipTokenizer
@@ -178,6 +178,15 @@ def ids_of(tokenizer, texts: list[str], context: int) -> torch.Tensor:
     if not texts:
         return torch.zeros(0, context, dtype=torch.int64)
     return torch.tensor([encoding.ids for encoding in tokenizer.encode_batch_fast(texts)])
+
+
+def too_long(tokenizer, texts: list[str]) -> torch.Tensor:
+    return torch.tensor([bool(encoding.overflowing) for encoding in tokenizer.encode_batch(texts)], dtype=torch.bool)
+
+
+def whole(text: str) -> str:
+    """Lone surrogates (bad UTF-8) become "?": `tokenizers` takes none."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def clean(text: str) -> str:

@@ -42,13 +42,16 @@ class Search(ModelOptions):
         print(f"Pictures: {picture}")
 
     def search_folder(self, images: Path) -> None:
+        from fastclip.evaluate.files import printable
         from fastclip.evaluate.search import search_folder
 
         hits, index, picture = search_folder(
             self.query, self.open_model(), images, self.top, self.out, self.index, self.reading
         )
         for place, hit in enumerate(hits, 1):
-            print(f"{place:>3}  {hit.score:5.2f}  {hit.path.relative_to(index.folder)}")
+            print(f"{place:>3}  {hit.score:5.2f}  {printable(hit.path.relative_to(index.folder))}")
         if index.skipped:
-            print(f"Not readable, and left out: {len(index.skipped):,} (such as {next(iter(index.skipped))})")
+            print(
+                f"Not readable, and left out: {len(index.skipped):,} (such as {printable(next(iter(index.skipped)))})"
+            )
         print(f"Pictures: {picture}")

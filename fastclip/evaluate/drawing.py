@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastclip.data.cache import write_atomic
+from fastclip.evaluate.files import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +48,10 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    write_atomic(path, lambda file: figure.savefig(file, format="png"))
+    with warnings.catch_warnings():
+        # A character that the font lacks is drawn as a box: no reason to say so on the terminal.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        write_atomic(path, lambda file: figure.savefig(file, format="png"))
 
 
 def draw_gallery(rows: Sequence[tuple[str | np.ndarray, Sequence[Tile]]], path: Path, title: str, legend: str) -> None:
@@ -102,6 +107,7 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path, title:
     # Room for the counts, then for the names, then for neither.
     side = 4.2 + (0.36 * min(classes, MOST_COUNTS) if classes <= MOST_COUNTS else 0.12 * min(classes, MOST_NAMES))
     figure = new_figure(max(6.6, side), max(6.2, side - 0.4))
+    figure.set_layout_engine("tight")
     axes = figure.subplots()
     share = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -119,10 +125,9 @@ def draw_confusion(matrix: np.ndarray, labels: Sequence[str], path: Path, title:
     axes.set_ylabel("what it is")
     axes.tick_params(length=0)
     axes.set_title(plain(title), fontsize=12, fontweight="bold", color=INK, pad=12)
-    figure.tight_layout()
     save_figure(figure, path)
 
 
 def plain(text: str) -> str:
-    """Text as it is: a dollar would begin a formula, and a control character has no picture."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+    """Text as it is: a dollar would begin a formula."""
+    return printable(text).replace("$", r"\$")

@@ -32,6 +32,14 @@ class Reading:
     workers: int = 0
     max_skipped: float = 0.1
 
+    def check(self, reasons: Sequence[str], total: int) -> None:
+        """UserError if so many of `total` pictures cannot be used, for these reasons."""
+        if len(reasons) > self.max_skipped * total:
+            raise UserError(
+                f"{len(reasons):,} of {total:,} pictures cannot be used, more than the {self.max_skipped:.0%} that "
+                f"--max-skipped allows; the first: {reasons[0]}"
+            )
+
 
 READING = Reading()
 
@@ -94,11 +102,7 @@ def encode_images(loaded: LoadedModel, pictures: Sequence[Picture], reading: Rea
         if good:
             images = torch.stack(good).to(loaded.device, loaded.dtype)
             features.append(finite(loaded.model.encode_image(images), loaded))
-    if len(skipped) > reading.max_skipped * len(pictures):
-        raise UserError(
-            f"{len(skipped):,} of {len(pictures):,} pictures cannot be read, more than the {reading.max_skipped:.0%} "
-            f"that --max-skipped allows; the first: {next(iter(skipped.values()))}"
-        )
+    reading.check(list(skipped.values()), len(pictures))
     return Encoded(torch.cat(features), torch.tensor(kept, dtype=torch.int64), skipped)
 
 

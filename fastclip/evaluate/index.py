@@ -89,7 +89,7 @@ def open_index(
 
     place: None is a folder of the cache, one for each model and folder. An index there of another model or folder, or
     one that is damaged, is made anew. UserError
-    when no picture can be read.
+    when too many pictures cannot be read, or none can.
     """
     folder, model = Path(folder).resolve(), loaded.fingerprint()
     place = place or cache_dir() / "search" / hashlib.sha256(f"{model} {folder}".encode()).hexdigest()[:16]
@@ -101,7 +101,7 @@ def open_index(
         now.append((str(path.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
     new = [key for key in now if key not in known]
     if before is not None and not new and len(now) == len(known):
-        return before
+        return judged(before, reading)
     # What cannot be read is remembered, and not tried again.
     encoded = encode_images(loaded, [folder / path for path, *_ in new], replace(reading, max_skipped=1.0))
     # As they will be read from the file, so that the first search finds what the second does.
@@ -118,6 +118,12 @@ def open_index(
         raise UserError(f"none of the {len(now):,} pictures in {folder} can be read; the first: {entries[0].problem}")
     index = FolderIndex(folder, model, torch.stack(features), tuple(entries))
     index.save(place)
+    return judged(index, reading)
+
+
+def judged(index: FolderIndex, reading: Reading) -> FolderIndex:
+    """`index`, unless too many of its pictures cannot be read."""
+    reading.check(list(index.skipped.values()), len(index.entries))
     return index
 
 

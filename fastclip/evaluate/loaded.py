@@ -58,6 +58,6 @@ def open_model(path: str | Path, *, name: str | None = None, device: torch.devic
         raise UserError(f"the checkpoint {path} cannot be used: {error}") from error
     text = model.config.text
     tokenizer = load_tokenizer(path if path.is_dir() else path.parent, text.context)
-    if len(tokenizer) > text.vocabulary:
+    if len(tokenizer) != text.vocabulary:
         raise UserError(f"{path} has {text.vocabulary:,} token embeddings, its tokenizer {len(tokenizer):,} ids")
     return LoadedModel(model, tokenizer, preprocess_for(model.config), path)

@@ -60,16 +60,14 @@ def evaluate_pairs(
             rows.append(row)
             texts.append(found)
     encoded = encode_images(loaded, SamplePictures(source, rows), replace(reading, max_skipped=1.0))
-    skipped = len(wanted) - len(encoded.kept)
-    if skipped > reading.max_skipped * len(wanted) or skipped == len(wanted):
-        raise UserError(
-            f"{skipped:,} of {len(wanted):,} samples cannot be used, more than the {reading.max_skipped:.0%} that "
-            f"--max-skipped allows; the first: {next(iter(encoded.skipped.values()), 'no caption')}"
-        )
+    reasons = [*encoded.skipped.values(), *["no caption"] * (len(wanted) - len(rows))]
+    reading.check(reasons, len(wanted))
+    if not len(encoded.kept):
+        raise UserError(f"none of the {len(wanted):,} samples can be used; the first: {reasons[0]}")
     kept = [texts[i] for i in encoded.kept.tolist()]
     owner = torch.repeat_interleave(torch.tensor([len(found) for found in kept]))
     features = encode_texts(loaded, [text for found in kept for text in found])
-    return retrieval_figures(encoded.features, features, owner) | {"skipped": skipped}
+    return retrieval_figures(encoded.features, features, owner) | {"skipped": len(reasons)}
 
 
 def captions_of(source: Source, row: int) -> list[str]:

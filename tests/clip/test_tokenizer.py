@@ -146,6 +146,12 @@ def test_other_contexts(open_clips, context):
     assert ClipTokenizer.load(context=context)(texts).tolist() == open_clips(texts, context).tolist()
 
 
+def test_words_with_lone_surrogates():
+    words = BpeTokenizer.train(CAPTIONS, vocabulary=200, context=9)
+    assert torch.equal(words("a \udcff cat\ud800"), words("a ? cat?"))
+    assert words.truncated(["\udcff"]).tolist() == [False]
+
+
 def test_size_and_special_tokens_are_clips(clips):
     assert len(clips) == 49408 and (clips.start, clips.end) == (49406, 49407)
 

@@ -62,5 +62,5 @@ def test_confusion_of_any_number_of_classes(tmp_path, classes):
 
 
 def test_class_without_pictures_is_drawn_empty(tmp_path):
-    draw_confusion(np.array([[0, 0], [1, 1]]), ["", "b"], tmp_path / "a.png", "title")
+    draw_confusion(np.array([[0, 0], [1, 1]]), ["", "猫 ☃"], tmp_path / "a.png", "title")
     assert pixels(tmp_path / "a.png").std() > 10

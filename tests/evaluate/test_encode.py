@@ -44,7 +44,7 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(colours, tmp_path):
     encoded = encode_images(colours, pictures, Reading(2, max_skipped=0.5))
     assert encoded.kept.tolist() == [0, 2] and encoded.features.argmax(1).tolist() == [0, 2]
     assert list(encoded.skipped) == [1, 3] and "bad.png: not a picture" in encoded.skipped[1]
-    with pytest.raises(UserError, match=r"2 of 4 pictures cannot be read, more than the 40% .*; the first: .*bad.png"):
+    with pytest.raises(UserError, match=r"2 of 4 pictures cannot be used, more than the 40% .*; the first: .*bad.png"):
         encode_images(colours, pictures, Reading(max_skipped=0.4))
     nothing = encode_images(colours, pictures[1:2], Reading(max_skipped=1.0))
     assert nothing.features.shape == (0, 3) and nothing.kept.dtype == torch.int64

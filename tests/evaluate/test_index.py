@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastclip.errors import UserError
 from fastclip.evaluate import index as index_module
-from fastclip.evaluate.encode import encode_texts
+from fastclip.evaluate.encode import Reading, encode_texts
+from fastclip.evaluate.files import printable
 from fastclip.evaluate.index import open_index
 from fastclip.evaluate.search import Query, search_folder, thumbnail
 
@@ -100,6 +101,9 @@ def test_index_that_does_not_fit_is_made_anew(colours, coloured, tmp_path, encod
 
 def test_unreadable_pictures_are_named_and_not_tried_again(colours, coloured, encoded):
     (coloured / "broken.png").write_bytes(b"no")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"1 of 13 pictures cannot be used, more than the 5% .*broken\.png"):
+            open_index(colours, coloured, reading=Reading(max_skipped=0.05))
     index = open_index(colours, coloured)
     assert list(index.skipped) == ["broken.png"] and "not a picture" in index.skipped["broken.png"]
     assert len(index.features) == 12
@@ -112,6 +116,21 @@ def test_folder_without_a_readable_picture(colours, tmp_path):
     (tmp_path / "bad" / "a.png").write_bytes(b"no")
     with pytest.raises(UserError, match=r"none of the 1 pictures in .* can be read; the first: .*a\.png"):
         open_index(colours, tmp_path / "bad")
+
+
+def test_names_of_files_that_are_no_text(colours, coloured, tmp_path):
+    name = os.fsdecode(b"\xff\x07.png")
+    try:
+        picture("red", 8).save(coloured / name)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    for _ in range(2):
+        hits, _, out = search_folder("red", colours, coloured, 5, tmp_path / "out.png")
+        assert name in {hit.path.name for hit in hits}
+    assert name in {
+        os.path.basename(entry["path"]) for entry in json.loads((tmp_path / "out.json").read_text())["found"]
+    }
+    assert printable(name) == "??.png" and out.stat().st_size > 1000
 
 
 def test_search_writes_a_gallery_and_json(colours, coloured, tmp_path):
@@ -154,7 +173,7 @@ def test_questions_that_cannot_be(colours, coloured, text, top, message):
 
 def test_picture_to_search_with_must_be_readable(colours, coloured, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no")
-    with pytest.raises(UserError, match="1 of 1 pictures cannot be read"):
+    with pytest.raises(UserError, match="1 of 1 pictures cannot be used"):
         search_folder(str(tmp_path / "bad.png"), colours, coloured, 3, None)
 
 

@@ -79,7 +79,7 @@ def test_two_pictures_a_class_are_enough():
 def test_probe_of_a_folder(colours, coloured):
     (coloured / "the_red_ones" / "3.png").write_bytes(b"no")
     train, test = split(open_labelled(coloured), 0.25, 0)
-    with pytest.raises(UserError, match=r"cannot be read, more than the 10% that --max-skipped allows"):
+    with pytest.raises(UserError, match=r"cannot be used, more than the 10% that --max-skipped allows"):
         probe(colours, train, test)
     result, _ = probe(colours, train, test, Reading(max_skipped=0.5))
     assert result.figures["top-1"] == 1 and list(result.skipped) == ["the_red_ones/3.png"]

@@ -72,11 +72,11 @@ def test_pairs_that_cannot_be_used_are_counted(colours, pairs):
     figures = evaluate_pairs(colours, data, Reading(max_skipped=0.4))
     assert (figures["images"], figures["texts"], figures["skipped"]) == (4, 8, 2)
     assert "left out: 2" in describe(figures, "pairs")
-    with pytest.raises(UserError, match=r"2 of 6 samples .* more than the 20% .*; the first: .*not a picture"):
+    with pytest.raises(UserError, match=r"2 of 6 pictures .* more than the 20% .*; the first: .*not a picture"):
         evaluate_pairs(colours, data, Reading(max_skipped=0.2))
     for path in pairs.glob("*.json"):
         path.write_text("{}")
-    with pytest.raises(UserError, match=r"6 of 6 samples cannot be used, .* the first: no caption"):
+    with pytest.raises(UserError, match=r"none of the 6 samples can be used; the first: no caption"):
         evaluate_pairs(colours, data, Reading(max_skipped=1.0))
 
 
