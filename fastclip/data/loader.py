@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fastclip.data.batch import Batch, Joined
+from fastclip.data.chance import generator_for
 from fastclip.data.config import DataConfig
 from fastclip.data.fetch import Collate, Fetched, Tokenizer
 from fastclip.data.report import REFUSED, SKIPPED, DataReport
@@ -109,22 +111,9 @@ class Loader:
         self.report = DataReport.from_dict(state["report"])
 
     def __iter__(self) -> Iterator[Batch]:
-        dataset, numbers = self.plan.resume(self.epoch, self.batches, self.streams)
-        fetching = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=numbers,
-            num_workers=self.workers,
-            collate_fn=_same,
-            worker_init_fn=start_worker,
-            # Its own: it draws a number from torch's global generator otherwise.
-            generator=torch.Generator(),
-        )
         taken: list[Fetched] = []
         joined = Joined(self.plan.batch, self.pin_memory)
-        for fetched in fetching:
-            if fetched.failed is not None:
-                raise UserError(fetched.failed)
+        for fetched in self._fetched():
             if fetched.piece is not None:
                 joined.add(fetched.piece)
             taken.append(replace(fetched, piece=None))
@@ -145,6 +134,32 @@ class Loader:
         if not self.batches:
             raise UserError(f"the data does not fill one batch: {self.report.summary()}")
         self.epoch, self.batches, self.streams = self.epoch + 1, 0, {}
+
+    def _fetched(self) -> Iterator[Fetched]:
+        """The pieces of the epoch that are left, in order. UserError for what went wrong in a worker."""
+        dataset, numbers = self.plan.resume(self.epoch, self.batches, self.streams)
+        fetching = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            collate_fn=_same,
+            worker_init_fn=start_worker,
+            # Its own: it draws a number from torch's global generator otherwise.
+            generator=generator_for("workers", self.plan.seed, self.epoch),
+        )
+        try:
+            for fetched in fetching:
+                if fetched.failed is not None:
+                    raise UserError(fetched.failed)
+                yield fetched
+        except RuntimeError as error:
+            if not re.match(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error)):
+                raise
+            raise UserError(
+                "a process that reads data was killed, for want of memory perhaps: lower the number of workers or "
+                f"--data.buffer ({str(error).splitlines()[0]})"
+            ) from error
 
     def _given(self, batch: Batch) -> Batch:
         return batch if self.config.pair_ids else replace(batch, pair_ids=None)

@@ -18,20 +18,23 @@ LARGEST_COUNT = 10_000_000
 CHUNK = 2**20
 
 
-def expand(sources: tuple[str, ...]) -> list[str]:
+def expand(sources: Sequence[str]) -> list[str]:
     """Braces ({000..012}, {a,b}), then * and ?, then folders, each in order. UserError for what matches nothing.
 
-    A literal name needs not exist, as long as one of them does: reading will say what is missing.
+    A name with neither needs not exist, as long as one of them does: reading will say what is missing.
     """
     from braceexpand import UnbalancedBracesError, braceexpand
 
     found: list[str] = []
     for source in sources:
+        refuse_pipe(source)
         try:
-            for name in braceexpand(source):
-                found += _matches(name)
+            # What is there as it is written has no patterns.
+            names = [source] if os.path.exists(source) else list(braceexpand(source))
         except UnbalancedBracesError as error:
             raise UserError(f"unbalanced braces in {source!r}") from error
+        for name in names:
+            found += _matches(name)
     local = [url for url in found if "://" not in url]
     if local and len(local) == len(found) and not any(map(os.path.exists, local)):
         raise UserError(f"no such shard: {local[0]}" + (f" and {len(local) - 1:,} more" if len(local) > 1 else ""))
@@ -111,16 +114,16 @@ def _matches(name: str) -> list[str]:
     import fsspec
 
     refuse_pipe(name)
-    try:
-        files, path = fsspec.core.url_to_fs(name)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"cannot open {name}: {error}") from error
-    local = "://" not in name
-    if local and os.path.isdir(name):
-        path = os.path.join(path, "*.tar")
-    elif not any(sign in path for sign in "*?["):
+    if os.path.isdir(name):
+        found = sorted(entry.path for entry in os.scandir(name) if entry.name.endswith(".tar"))
+    elif os.path.exists(name) or not any(sign in name for sign in "*?["):
         return [name]
-    found = sorted(path for path in files.glob(path))
+    else:
+        try:
+            files, path = fsspec.core.url_to_fs(name)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"cannot open {name}: {error}") from error
+        found = [files.unstrip_protocol(path) if "://" in name else path for path in sorted(files.glob(path))]
     if not found:
         raise UserError(f"no shard matches {name}")
-    return found if local else [files.unstrip_protocol(path) for path in found]
+    return found

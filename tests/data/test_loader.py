@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,26 @@ def test_duplicates_are_found_across_pieces(tmp_path, small_pieces):
     found = loader(config)
     (batch,) = found
     assert found.report.duplicates == 4 and len(batch.pair_ids.unique()) == 4
+
+
+def test_a_worker_that_is_killed_is_one_line(table):
+    def fatal(image):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(
+        UserError, match=r"a process that reads data was killed.*: lower the number of workers"
+    ) as error:
+        list(loader(table, transform=fatal, workers=1))
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_transform_keeps_its_traceback(table):
+    def broken(image):
+        raise RuntimeError("a bug")
+
+    for workers in (0, 1):
+        with pytest.raises(RuntimeError, match="a bug"):
+            list(loader(table, transform=broken, workers=workers))
 
 
 def test_leaving_an_epoch_and_coming_back_goes_on_there(table):

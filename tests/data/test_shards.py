@@ -244,6 +244,9 @@ def test_brace_glob_folder_list_and_remote_patterns(tmp_path):
     assert expand((str(tmp_path / "s-{000..002}.tar"),)) == paths
     assert expand((str(tmp_path / "s-{000,002}.tar"), paths[1])) == [paths[0], paths[2], paths[1]]
     assert expand((str(tmp_path / "s-*1.tar"),)) == [paths[1]] and expand((str(tmp_path),)) == paths
+    odd = tmp_path / "odd [1] {a,b}"
+    write_shards(odd, (1,))
+    assert expand((str(odd), str(odd / "s-000.tar"))) == [str(odd / "s-000.tar")] * 2
     memory = fsspec.filesystem("memory")
     for path in paths:
         memory.pipe(f"/set/{path[-9:]}", (tmp_path / path[-9:]).read_bytes())
