@@ -42,7 +42,7 @@ class Search(ModelOptions):
         print(f"Pictures: {picture}")
 
     def search_folder(self, images: Path) -> None:
-        from fastclip.evaluate.files import printable
+        from fastclip.evaluate.files import left_out, printable
         from fastclip.evaluate.search import search_folder
 
         hits, index, picture = search_folder(
@@ -51,7 +51,5 @@ class Search(ModelOptions):
         for place, hit in enumerate(hits, 1):
             print(f"{place:>3}  {hit.score:5.2f}  {printable(hit.path.relative_to(index.folder))}")
         if index.skipped:
-            print(
-                f"Not readable, and left out: {len(index.skipped):,} (such as {printable(next(iter(index.skipped)))})"
-            )
+            print(left_out(index.skipped))
         print(f"Pictures: {picture}")

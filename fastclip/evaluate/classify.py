@@ -12,7 +12,7 @@ import torch
 
 from fastclip.evaluate.drawing import draw_confusion
 from fastclip.evaluate.encode import READING, Reading, encode_images
-from fastclip.evaluate.files import printable, save_json
+from fastclip.evaluate.files import left_out, save_json
 from fastclip.evaluate.labelled import UNKNOWN, Labelled
 from fastclip.evaluate.loaded import LoadedModel
 from fastclip.evaluate.templates import prompts_for, resolve_templates
@@ -109,9 +109,7 @@ def describe(result: Classified) -> str:
     pictures, classes = len(result.scores), len(result.data.classes)
     lines = []
     if result.skipped:
-        lines.append(
-            f"Not readable, and left out: {len(result.skipped):,} (such as {printable(next(iter(result.skipped)))})."
-        )
+        lines.append(left_out(result.skipped))
     known = int((result.labels != UNKNOWN).sum())
     if result.figures is None:
         lines.append(f"{pictures:,} pictures, {classes:,} classes; no picture's class is known to compare with.")
