@@ -54,7 +54,7 @@ th, td { padding: .22rem .6rem; text-align: right; border-bottom: 1px solid #eee
 th { border-bottom: 1px solid #999; font-weight: 600 }
 th:first-child, td:first-child { text-align: left }
 tr.ours td { background: #fdf1ea }
-.words td { text-align: left; white-space: normal }
+.words td, .words th { text-align: left; white-space: normal }
 figure { margin: 1rem 0 }
 figure img { max-width: 100%; height: auto; border: 1px solid #eee }
 """
@@ -114,8 +114,8 @@ def _clip_section(results: Results, shown: dict[str, Picture]) -> list[str]:
     ]
     parts += _group_tables(results, "clip")
     if len(results.names("d", case="clip")) > 1:
-        parts += ["<h3>Over the width D, fp32 training</h3>"]
-        parts += [_table(tables.by_width(results, kind)) for kind in ("time", "ratio", "floor")]
+        parts += ["<h3>Over the width D: fp32, forward+backward</h3>"]
+        parts += [_titled(kind, tables.by_width(results, kind)) for kind in ("time", "ratio", "floor")]
     if "capacity" in shown:
         parts += ["<h2>Largest batch</h2>", _figure(shown["capacity"]), _table(capacity_table(results))]
     return parts
@@ -143,6 +143,10 @@ def _group_table(results: Results, kind: str, case: str, dtype: str, mode: str) 
     table = tables.by_size(results, kind, case, dtype, mode)
     if all(cell in ("", "-") for line in table[1:] for cell in line[1:]):
         return ""
+    return _titled(kind, table)
+
+
+def _titled(kind: str, table: Table) -> str:
     return f'<div><p class="quiet">{KINDS[kind]}</p>{_table(table)}</div>'
 
 

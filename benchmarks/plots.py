@@ -92,6 +92,7 @@ def capacity_plot(results: Results) -> Figure | None:
     found = capacity.capacities(results)
     if not found:
         return None
+    best = max(found, key=lambda peer: (peer.row.ours, peer.largest(capacity.GIGABYTES[-1])))
     figure = Figure(figsize=(7.2, 5.4), layout="constrained")
     axes = figure.subplots()
     for peer in reversed(found):
@@ -99,10 +100,10 @@ def capacity_plot(results: Results) -> Figure | None:
         if not points:
             continue
         axes.plot(*zip(*points, strict=True), **style(peer.row))
-        if peer.row.peer in (found[0].row.peer, "dense"):
-            up = peer.row.ours
+        if peer in (best, *(each for each in found if each.row.peer == "dense")):
+            place = {"textcoords": "offset points", "ha": "center", "size": 8, "color": style(peer.row)["color"]}
             for x, y in points:
-                axes.annotate(_short(y), (x, y), (0, 7 if up else -14), textcoords="offset points", ha="center", size=8)
+                axes.annotate(_short(y), (x, y), (-3, 8 if peer is best else -14), **place)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xticks(capacity.GIGABYTES, [f"{size} GB" for size in capacity.GIGABYTES])

@@ -77,11 +77,11 @@ def exponents(results: Results, case: str = "clip") -> Table:
 
 
 def not_run(results: Results) -> Table:
-    """What has no figure, and why; once for each peer and reason."""
+    """What has no figure, and why: the smallest N of each peer, dtype and mode that has none."""
     lines = {}
-    for row in results.rows:
+    for row in sorted(results.rows, key=lambda row: row.n):
         if row.status != "measured":
-            lines.setdefault((row.case, row.label, row.status, row.note), row)
+            lines.setdefault((row.case, row.label, row.dtype, row.mode, row.status), row)
     cells = [
         [f"{row.case}: {row.label}", f"N={row.n} {row.dtype} {row.mode}", row.status, row.note]
         for row in lines.values()
