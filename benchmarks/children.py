@@ -29,6 +29,9 @@ def run_in_child(function: Callable, *arguments: object, threads: int) -> object
     except EOFError:
         child.join()
         raise ChildError(f"its process ended with code {child.exitcode}; -9 means out of memory") from None
+    except KeyboardInterrupt:
+        child.terminate()
+        raise
     finally:
         child.join()
     if not done:
