@@ -107,8 +107,8 @@ def write(
 def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
     """Put `state`, `loader` and the random generators back to where `write` found them. Every process calls it.
 
-    True if the run goes on exactly. With another number of processes, False: weights, moments and counters are those
-    of the checkpoint, the random numbers are not. CheckpointError when it does not fit the model.
+    True if the run goes on exactly. With another number of processes, False: weights, moments, counters and the place
+    in the data are those of the checkpoint, random numbers and rounding are not. CheckpointError when it does not fit.
     """
     manifest = load_json(folder / MANIFEST)
     tensors = {**state.weights(), **state.moments()}
@@ -119,12 +119,12 @@ def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         sharded.load(tensors, storage_reader=stored, no_dist=world.group is None)
     state.load_counters(load_json(folder / COUNTERS)["counters"])
-    if manifest["processes"] != world.size:
-        return False
-    own = torch.load(folder / f"process-{world.rank}.pt", weights_only=True)
+    same = manifest["processes"] == world.size
+    own = torch.load(folder / f"process-{world.rank if same else 0}.pt", weights_only=True)
     loader.load_state_dict(own["loader"])
-    set_random_state(own["random"], world.device)
-    return True
+    if same:
+        set_random_state(own["random"], world.device)
+    return same
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from fastclip.errors import UserError
@@ -113,9 +114,14 @@ def processes(device: str | None) -> Iterator[World]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield World(0, 1, chosen, None)
         return
+    # torchrun keeps its store for the processes that it starts again: without names of their own they would find the
+    # addresses of those that died (torch 2.13, --standalone: connection refused, or waiting for ever).
+    store, rank, size = next(rendezvous("env://"))
+    store = dist.PrefixStore(f"fastclip-{os.environ['TORCHELASTIC_RESTART_COUNT']}-of-{size}", store)
     # Naming the device binds the group to it: no communicator is made on the wrong GPU.
     binding = {"device_id": chosen} if chosen.type == "cuda" else {}
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **binding)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, **binding)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen, dist.group.WORLD)
     finally:

@@ -4,15 +4,122 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
+import psutil
 import pytest
 import torch
-from tiny import assert_same, command, start, torchrun, wait_for_records, weights
+from tiny import assert_same, command, run, start, torchrun, wait_for_records, weights
+
+from fastclip.clip import CausalTextConfig, Clip, VitConfig
+from fastclip.clip.tokenizer import ClipTokenizer
+from fastclip.train.checkpoint import save_model_folder
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A model folder without batch normalisation, whose statistics would be those of each process."""
+    from tiny import COLOURS, MODEL, PAIRS
+
+    tokenizer = ClipTokenizer.train([f"{c} picture number {i}" for c in COLOURS for i in range(PAIRS)], 540, 8)
+    torch.manual_seed(0)
+    image = VitConfig(image_size=8, patch_size=4, width=8, layers=2, head_width=4)
+    text = CausalTextConfig(vocabulary=len(tokenizer), context=8, width=8, layers=2, head_width=4)
+    config = replace(MODEL, image=image, text=text)
+    folder = tmp_path_factory.mktemp("vit")
+    save_model_folder(folder, config, tokenizer, Clip(config).state_dict())
+    return folder
+
+
 def finish(process, code=0):
-    said, errors = process.communicate(timeout=120)
-    assert process.returncode == code, errors
+    said, errors = process.communicate(timeout=180)
+    assert process.returncode == code, errors[-9000:]
     return said, errors
+
+
+def close(got, want):
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# A larger eps than the default keeps Adam from making steps of the rounding errors of gradients that are zero.
+ADAM = {"learning_rate": 1e-2, "eps": 1e-3, "ema": 0.5, "clip_norm": 0.3}
+# A rate that only rises, so that other batches after a checkpoint would show.
+STEADY = {"steps": 12, "warmup": 12.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"parallel": "ddp"}, {"parallel": "fsdp", "micro_batch": 3, "loss": "siglip"}],
+    ids=["ddp", "fsdp siglip micro-batch"],
+)
+def test_two_processes_train_what_one_does_and_any_number_goes_on(tiny, vit, tmp_path, changes):
+    settings = {"model": {"start_from": vit}, "optimizer": ADAM, "schedule": STEADY, "crop": (1.0, 1.0), **changes}
+    alone = {**settings, "parallel": "ddp"}
+    want = run(tiny(tmp_path / "one", **alone))
+
+    both = tiny(tmp_path / "two", **settings)
+    said, _ = finish(start(torchrun(command(both, tmp_path))))
+    assert said.count("Training") == 1  # the second process is quiet
+    close(weights(tmp_path / "two"), want)
+    close(weights(tmp_path / "two" / "ema"), weights(tmp_path / "one" / "ema"))
+
+    # From step 8 in two processes again: bit for bit. And in one, or from one in two: nearly.
+    step = "checkpoints/step-00000008"
+    again = replace(both, out=tmp_path / "again", resume=str(tmp_path / "two" / step))
+    finish(start(torchrun(command(again, tmp_path))))
+    assert_same(weights(tmp_path / "again"), weights(tmp_path / "two"))
+    close(run(tiny(tmp_path / "down", resume=str(tmp_path / "two" / step), **alone)), want)
+    if changes["parallel"] == "fsdp":
+        up = replace(both, out=tmp_path / "up", resume=str(tmp_path / "one" / step))
+        said, _ = finish(start(torchrun(command(up, tmp_path))))
+        assert "not bit for bit" in said
+        close(weights(tmp_path / "up"), want)
+
+
+def workers_of(launcher):
+    """The training processes of torchrun, by rank."""
+    found = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        rank = child.environ().get("RANK")
+        if rank is not None and "fastclip" in child.cmdline():
+            found[int(rank)] = child
+    return found
+
+
+def test_killed_rank_is_recovered_by_torchrun(tiny, tmp_path):
+    settings = {"schedule": {"steps": 60}, "checkpoint": {"every": 1}, "log": {"every": 1}}
+    never = finish(start(torchrun(command(tiny(tmp_path / "never", **settings), tmp_path))))
+    assert "Resumed" not in never[0]
+    process = start(torchrun(command(tiny(tmp_path / "run", **settings), tmp_path), "--max-restarts=1"))
+    wait_for_records(tmp_path / "run", process, 5)
+    workers_of(process)[1].kill()
+    said, _ = finish(process)
+    assert re.search(r"Resumed from \S+step-000000\d\d, after step \d+\.", said)
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "never"))
+
+
+def test_a_dead_rank_without_restarts_ends_all_within_seconds(tiny, tmp_path):
+    settings = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
+    process = start(torchrun(command(tiny(tmp_path, **settings), tmp_path)))
+    wait_for_records(tmp_path, process, 2)
+    workers = list(workers_of(process).values())
+    workers[0].kill()
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - began < 30
+    assert not any(worker.is_running() for worker in workers)
+
+
+def test_signal_to_one_process_stops_both_with_a_checkpoint(tiny, tmp_path):
+    settings = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
+    process = start(torchrun(command(tiny(tmp_path, **settings), tmp_path)))
+    wait_for_records(tmp_path, process, 2)
+    os.kill(workers_of(process)[1].pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Stopped by a signal after step" in said
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert {"process-0.pt", "process-1.pt"} <= {path.name for path in folder.iterdir()}

@@ -128,11 +128,12 @@ def main_quietly(config: TrainConfig, folder: Path) -> None:
         cli.main(command(config, folder)[3:])
 
 
-def wait_for_records(out: Path, process: multiprocessing.Process, records: int = 1) -> None:
+def wait_for_records(out: Path, process: multiprocessing.Process | subprocess.Popen, records: int = 1) -> None:
     """Until the run has written so many more lines of metrics.jsonl; fails after a minute."""
     began, path = time.monotonic(), out / "metrics.jsonl"
     count = lambda: path.read_text().count("\n") if path.exists() else 0  # noqa: E731
     before = count()
     while count() < before + records:
-        assert process.is_alive() and time.monotonic() - began < 60, "the run writes no records"
+        alive = process.is_alive() if hasattr(process, "is_alive") else process.poll() is None
+        assert alive and time.monotonic() - began < 60, "the run writes no records"
         time.sleep(0.005)
