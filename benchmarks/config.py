@@ -60,7 +60,8 @@ class Config:
     out: Path | None = None
     """Results file; RESULTS/CPU-DATE.json if not given, never one that exists."""
     add: Path | None = None
-    """Results file of this machine to add to: cases measured here replace those of the same name in it."""
+    """Results file of this machine to add to; what it has of the same problems and peers is replaced. Its times tell
+    which calls would take too long."""
     plots: bool = True
     """Write PNG files and an HTML page beside the results file (needs matplotlib)."""
     against: Path | None = None

@@ -25,10 +25,15 @@ YARDSTICK_ROWS = 1024
 
 
 class Runner:
-    """One run of the suite. `tell` is called with what is being done, `finished` with each problem's rows."""
+    """One run of the suite. `tell` is called with what is being done, `finished` with each problem's rows.
 
-    def __init__(self, config: Config, results: Results, tell: Callable[[str], None]) -> None:
-        self.config, self.results, self.tell = config, results, tell
+    earlier: what another run measured here, from which it is known how long calls take.
+    """
+
+    def __init__(
+        self, config: Config, results: Results, tell: Callable[[str], None], earlier: Results | None = None
+    ) -> None:
+        self.config, self.results, self.tell, self.earlier = config, results, tell, earlier
         self.limit_mib = config.memory_limit_gib * 1024 if config.memory_limit_gib else 0.8 * memory.available_mib()
         self.yardsticks: dict[tuple[str, str], dict[str, float]] = {}
         self.problems = [
@@ -94,7 +99,8 @@ class Runner:
         """Seconds a call of every peer: the last N's times the ratio of N^2; a peer given up earlier keeps its last."""
         latest = {}
         wanted = {"case": problem.case, "d": problem.d, "dtype": problem.dtype, "mode": problem.mode}
-        for row in self.results.measured(**wanted):
+        known = (self.earlier.measured(**wanted) if self.earlier else []) + self.results.measured(**wanted)
+        for row in sorted(known, key=lambda row: row.n):
             if row.n < problem.n:
                 latest[row.peer] = row.seconds["median"] * (problem.n / row.n) ** 2
         return latest

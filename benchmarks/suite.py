@@ -50,7 +50,7 @@ def _measure(config: Config) -> tuple[Results, Path, Runner]:
     earlier = load(config.add) if config.add else None
     path = config.add or config.out or new_path(FOLDER, machine.file_stem(here))
     results, progress, quiet = Results("cpu", here), Progress(), noise.Noise()
-    runner = Runner(config, results, progress.tell)
+    runner = Runner(config, results, progress.tell, earlier)
     others = external.wanted(config)
     print(machine.headline(here), *_missing(config), "", sep="\n")
     progress.ready(runner.steps() + len(others))

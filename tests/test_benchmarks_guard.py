@@ -117,6 +117,9 @@ def test_a_later_part_is_added_to_a_file(quick_bench, tmp_path):
     quick_bench("a.json")
     code, both = quick_bench("a.json", add=tmp_path / "a.json", sizes=(64,))
     assert code == 0 and {known.n for known in both.rows} == {96, 64} and len(both.parts) == 2
+    # The file tells how long a call takes.
+    _, third = quick_bench("a.json", add=tmp_path / "a.json", sizes=(200,), call_limit_s=1e-9)
+    assert {known.status for known in third.find(n=200)} == {"not run"}
 
 
 @pytest.mark.parametrize(
