@@ -39,7 +39,7 @@ class Fetched:
     piece: Batch | None
     report: DataReport = field(default_factory=DataReport)
     stream: int | None = None
-    cursor: tuple[int, int] = (0, 0)
+    cursor: tuple[int, int, int] = (0, 0, 0)
     counts: bool = True
     failed: str | None = None
 

@@ -1,8 +1,9 @@
 """Batches from tar shards, read as streams: each worker of each rank has one.
 
-A stream reads its pieces of the shards in passes, in windows of `buffer` samples, and permutes each window. All that is
-a function of (seed, epoch, stream, pass, window), so a cursor (pass, samples taken in it) says where a stream stands,
-and going on means to read up to the window, decoding nothing and leaving out whole shards whose counts are known.
+A stream reads its pieces of the shards in passes, in windows of `buffer` samples (fewer, if they are large), and
+permutes each window. All that is a function of (seed, epoch, stream, pass, where the window starts), so a cursor (pass,
+start of the window, samples taken of it) says where a stream stands, and going on means to read up to the window,
+decoding nothing and leaving out whole shards whose counts are known.
 
 Where the epoch's length is known (index.json, or `epoch_samples`), every rank gets the same number of batches and a
 stream that runs dry begins another pass. Where it is not, one process reads each sample once and then the epoch ends.
@@ -30,7 +31,9 @@ from fastclip.errors import UserError
 
 # Passes of one stream without a sample that can be used.
 EMPTY_TURNS = 10
-Cursor = tuple[int, int]
+# A window is full with so many bytes of images, however few they are.
+LARGEST_WINDOW = 256 * 2**20
+Cursor = tuple[int, int, int]
 Notes = list[tuple[str, str]]
 
 
@@ -101,8 +104,8 @@ class Shards(IterableDataset):
         last = state.get("last", -1)
         if cursors and state["dealt"] != self.dealt:
             # Other processes or workers: what is left of the epoch comes from a pass that none has begun.
-            turn = 1 + max(turn for turn, _ in cursors.values())
-            cursors, last = {stream: (turn, 0) for stream in range(self.streams)}, -1
+            turn = 1 + max(cursor[0] for cursor in cursors.values())
+            cursors, last = {stream: (turn, 0, 0) for stream in range(self.streams)}, -1
         return replace(self, epoch=epoch, done=done, last=last, cursors=cursors), None
 
     @property
@@ -126,7 +129,7 @@ class Shards(IterableDataset):
         # What was met: in all pieces so far, and for this one.
         total, report = DataReport(), DataReport()
         images, captions, names = [], [], []
-        cursor = self.cursors.get(stream, (0, 0))
+        cursor = self.cursors.get(stream, (0, 0, 0))
         good_turn = cursor[0]
         for cursor, sample, notes in self._samples(stream, cursor):  # noqa: B020
             for kind, name in notes:
@@ -166,28 +169,27 @@ class Shards(IterableDataset):
 
         None for a sample that index.json counts and the shard lacks, and at the end of a pass.
         """
-        turn, taken = cursor
+        turn, start, taken = cursor
         while True:
-            yield from self._turn(stream, turn, taken)
+            yield from self._turn(stream, turn, start, taken)
             if self.steps is None:
                 return
-            turn, taken = turn + 1, 0
+            turn, start, taken = turn + 1, 0, 0
 
-    def _turn(self, stream: int, turn: int, taken: int) -> Iterator[tuple[Cursor, Sample | None, Notes]]:
-        buffer, shuffle = self.config.buffer, self.config.shuffle
-        window, skip = divmod(taken, buffer)
+    def _turn(self, stream: int, turn: int, start: int, skip: int) -> Iterator[tuple[Cursor, Sample | None, Notes]]:
         notes: Notes = []
-        source = self._source(stream, turn, window * buffer, lambda kind, name: notes.append((kind, name)))
-        while held := list(islice(source, buffer)):
-            generator = generator_for("window", self.seed, self.epoch, self.rank, stream, turn, window)
-            places = torch.randperm(len(held), generator=generator).tolist() if shuffle else list(range(len(held)))
+        source = self._source(stream, turn, start, lambda kind, name: notes.append((kind, name)))
+        while held := read_window(source, self.config.buffer):
+            size = len(held)
+            generator = generator_for("window", self.seed, self.epoch, self.rank, stream, turn, start)
+            places = torch.randperm(size, generator=generator).tolist() if self.config.shuffle else list(range(size))
             for taken, place in enumerate(places):
                 if taken >= skip:
-                    yield (turn, window * buffer + taken + 1), held[place], notes if taken == 0 else []
+                    yield (turn, start, taken + 1), held[place], notes if taken == 0 else []
                 held[place] = None
             notes.clear()
-            window, skip = window + 1, 0
-        yield (turn, window * buffer), None, notes
+            start, skip = start + size, 0
+        yield (turn, start, 0), None, notes
 
     def _source(self, stream: int, turn: int, skip: int, note: Note) -> Iterator[Sample | None]:
         """The stream's samples of one pass in the shards' order, from the one numbered `skip`."""
@@ -226,3 +228,15 @@ class Shards(IterableDataset):
             for missing in range(read, count):
                 if piece.has(missing):
                     yield None
+
+
+def read_window(source: Iterator[Sample | None], most: int) -> list[Sample | None]:
+    """The next `most` samples, or fewer where they fill LARGEST_WINDOW or the source ends."""
+    held: list[Sample | None] = []
+    size = 0
+    for sample in source:
+        held.append(sample)
+        size += len(sample.image) if sample is not None and isinstance(sample.image, bytes) else 0
+        if len(held) == most or size >= LARGEST_WINDOW:
+            break
+    return held

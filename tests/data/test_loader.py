@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,14 @@ def test_epochs_and_seeds_have_their_own_order_and_the_same_ones_again(table):
     again.set_epoch(1)
     assert [numbers(batch) for batch in again] == orders[1]
     assert [numbers(batch) for batch in loader(table, seed=1)] != orders[0]
+
+
+def test_augmentation_is_new_for_each_sample_and_epoch_and_seed(table):
+    found = [loader(table), loader(table, seed=1)]
+    noise = [
+        tuple(row) for each in found for _ in "12" for batch in each for row in (batch.images % 1).flatten(1).tolist()
+    ]
+    assert len(set(noise)) == len(noise) == 4 * 48
 
 
 def test_without_shuffling_the_tables_order_is_kept(table):
@@ -349,3 +359,14 @@ def test_settings_that_cannot_be_are_one_line(config, said):
     with pytest.raises(UserError, match=said) as error:
         loader(config)
     assert "\n" not in str(error.value)
+
+
+def test_the_example_of_the_documentation_runs(capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("tokenizers")
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    assert capsys.readouterr().out and names["loader"].batches == 1
+    assert names["batch"].images.shape == (512, 1, 32, 32) and names["batch"].pair_ids.shape == (512,)

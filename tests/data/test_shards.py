@@ -16,10 +16,11 @@ pytest.importorskip("PIL")
 
 import fsspec
 
-from fastclip.data import fetch
+from fastclip.data import fetch, shards
 from fastclip.data.config import DataConfig
 from fastclip.data.deal import Deal, Piece
 from fastclip.data.loader import make_loader
+from fastclip.data.sample import Sample
 from fastclip.data.shard_files import expand, parse_index, read_counts
 from fastclip.data.tar import read_shard, split_name
 from fastclip.errors import UserError
@@ -45,8 +46,8 @@ def write_shards(folder, sizes, index=False):
         (folder / f"s-{number:03}.tar").write_bytes(shard(first, size))
         first += size
     if index:
-        shards = [{"name": f"s-{number:03}.tar", "samples": size} for number, size in enumerate(sizes)]
-        (folder / "index.json").write_text(json.dumps({"shards": shards}))
+        entries = [{"name": f"s-{number:03}.tar", "samples": size} for number, size in enumerate(sizes)]
+        (folder / "index.json").write_text(json.dumps({"shards": entries}))
     return DataConfig(str(folder / "*.tar"), buffer=16)
 
 
@@ -157,6 +158,24 @@ def test_order_is_shuffled_within_and_between_shards_anew_each_epoch(tmp_path):
     assert [n for batch in loader(config, seed=1) for n in numbers(batch)] != first
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_new_for_each_sample_epoch_and_rank(tmp_path, workers):
+    config = replace(write_shards(tmp_path, (24,) * 4, index=True), epoch_samples=192)
+    ranks = [loader(config, rank=rank, world=2, workers=workers) for rank in (0, 1)]
+    noise = [
+        tuple(row) for rank in ranks for _ in "12" for batch in rank for row in (batch.images % 1).flatten(1).tolist()
+    ]
+    # 2 epochs of 192: each sample 4 times.
+    assert len(set(noise)) == len(noise) == 384
+
+
+def test_a_window_is_as_small_as_large_images_need(monkeypatch):
+    samples = [Sample(str(i), b"x" * 100, []) for i in range(10)]
+    monkeypatch.setattr(shards, "LARGEST_WINDOW", 250)
+    source = iter([*samples, None])
+    assert [len(shards.read_window(source, most)) for most in (2, 9, 9, 9, 9)] == [2, 3, 3, 3, 0]
+
+
 def test_resampling_draws_shards_with_replacement(tmp_path):
     config = replace(write_shards(tmp_path, (4,) * 16), resample=True, epoch_samples=256, pair_ids=True)
     drawn = [n // 4 for batch in loader(config) for n in numbers(batch)]
@@ -171,7 +190,8 @@ def test_resampling_draws_shards_with_replacement(tmp_path):
 def test_resume_is_bit_identical_with_windows_cut_and_streams_of_different_length(
     tmp_path, workers, index, piece, monkeypatch
 ):
-    """Windows of 16 and batches of 8, shards of 40 to 1: batches begin in the middle of both."""
+    """Windows of 16 (or some 9, of 700 bytes) and batches of 8, shards of 40 to 1: batches begin amid both."""
+    monkeypatch.setattr(shards, "LARGEST_WINDOW", 2**20 if piece == 8 else 700)
     monkeypatch.setattr(fetch, "LARGEST_PIECE", piece)
     monkeypatch.setattr(fetch, "SMALLEST_PIECE", 1)
     config = replace(write_shards(tmp_path, SIZES["ragged"], index), last="drop" if index else "keep", pair_ids=True)
