@@ -1,6 +1,7 @@
 """Prompt templates by name: sentences in which {} stands for the name of a class.
 
-`imagenet` are the 80 of CLIP's authors, `imagenet-7` their selection of seven; templates.json cites them. `photo` is "a photo of a {}.", `plain` the name alone.
+`imagenet` are the 80 of CLIP's authors, `imagenet-7` their selection of seven; templates.json cites them. `photo` is
+"a photo of a {}.", `plain` the name alone.
 """
 
 from __future__ import annotations
