@@ -67,8 +67,8 @@ class Pictures(Dataset):
 
         from fastclip.data.images import BadImage, read_image
 
-        picture = self.pictures[index]
         try:
+            picture = self.pictures[index]
             return self.preprocess(picture if isinstance(picture, Image.Image) else read_image(picture))
         except (BadImage, OSError) as error:
             return str(error)

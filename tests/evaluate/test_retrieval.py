@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastclip.data.config import DataConfig
 from fastclip.errors import UserError
+from fastclip.evaluate import pairs as pairs_module
 from fastclip.evaluate.encode import Reading
 from fastclip.evaluate.pairs import describe, evaluate_pairs
 from fastclip.evaluate.recommend import similar
@@ -78,6 +79,19 @@ def test_pairs_that_cannot_be_used_are_counted(colours, pairs):
         path.write_text("{}")
     with pytest.raises(UserError, match=r"none of the 6 samples can be used; the first: no caption"):
         evaluate_pairs(colours, data, Reading(max_skipped=1.0))
+
+
+def test_files_that_vanish_are_counted(colours, pairs, monkeypatch):
+    found = pairs_module.captions_of
+
+    def vanish(source, row):
+        captions = found(source, row)
+        (pairs / f"{row}.png").unlink() if row == 2 else None
+        return captions
+
+    monkeypatch.setattr(pairs_module, "captions_of", vanish)
+    figures = evaluate_pairs(colours, DataConfig(source=str(pairs)), Reading(max_skipped=0.4))
+    assert (figures["images"], figures["skipped"]) == (5, 1)
 
 
 def test_pairs_of_a_table_with_bad_utf8(colours, pairs, tmp_path):
