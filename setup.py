@@ -69,6 +69,7 @@ setup(
         "fastclip.evaluate",
         "fastclip.grad_cache",
         "fastclip.integrations",
+        "fastclip.plan",
         "fastclip.train",
         "fastclip.kernels",
         "fastclip.benchmarks",

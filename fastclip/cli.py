@@ -18,6 +18,7 @@ from fastclip.commands.data import Data
 from fastclip.commands.demo import Demo
 from fastclip.commands.env import Env
 from fastclip.commands.eval import Eval
+from fastclip.commands.plan import Plan
 from fastclip.commands.probe import Probe
 from fastclip.commands.search import Search
 from fastclip.commands.train import Train
@@ -36,6 +37,7 @@ COMMANDS = {
     "vocabulary": Vocabulary,
     "env": Env,
     "bench": Bench,
+    "plan": Plan,
     "tune": Tune,
 }
 

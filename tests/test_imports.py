@@ -24,6 +24,7 @@ LEVELS = {
     "train": 5,
     "evaluate": 4,
     "env": 5,
+    "plan": 5,
     "tune": 5,
     "integrations": 5,
     "": 4,  # fastclip itself: the public names
