@@ -294,6 +294,6 @@ class TestCommand:
     ("name", "published"), [("ViT-B/32", 4.409e9), ("ViT-B/16", 17.564e9)], ids=["ViT-B/32", "ViT-B/16"]
 )
 def test_vision_transformers_cost_what_is_published(name, published):
-    """Multiply-adds, torchvision's vit_b_32 and vit_b_16. CLIP's last of 12 blocks works on one token, theirs on all."""
+    """Multiply-adds, torchvision's vit_b_32 and vit_b_16. CLIP's last of 12 blocks works on one token, not on all."""
     config = model_config(name)
     assert 11 / 12 < tower_cost(config.image, config.embed_dim, 4, False).flops / 2 / published < 1
