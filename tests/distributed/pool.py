@@ -17,7 +17,7 @@ TIMEOUT = datetime.timedelta(seconds=20)  # what a rank waits for another
 
 
 class Pool:
-    """`ranks` processes in one gloo group, with a subgroup of the first W for each smaller W."""
+    """`ranks` processes in one gloo group, with subgroups of the first W for each smaller W, and of the odd ones."""
 
     def __init__(self, ranks: int) -> None:
         folder = tempfile.TemporaryDirectory()
@@ -31,11 +31,14 @@ class Pool:
             self.processes.append(process)
             self.pipes.append(here)
 
-    def run(self, function: Callable, *args: object, world: int | None = None, seconds: float = 120.0) -> list:
-        """function(rank, group, *args) on the first `world` ranks: what each returns. Raises what a rank raised."""
-        used = self.pipes[:world]
-        for pipe in used:
-            pipe.send((function, len(used), args))
+    def run(self, function: Callable, *args: object, world: int | str | None = None, seconds: float = 120.0) -> list:
+        """function(rank, group, *args) on the first `world` ranks, or those of the group "odd": what each returns.
+
+        Raises RuntimeError with the tracebacks where it raised.
+        """
+        used = self.pipes[1::2] if world == "odd" else self.pipes[:world]
+        for rank, pipe in enumerate(used):
+            pipe.send((function, rank, "odd" if world == "odd" else len(used), args))
         deadline, results = time.monotonic() + seconds, []
         for rank, pipe in enumerate(used):
             if not pipe.poll(max(0.0, deadline - time.monotonic())):
@@ -62,9 +65,9 @@ def serve(rank: int, ranks: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=TIMEOUT)
     groups = {w: dist.new_group(list(range(w)), timeout=TIMEOUT) for w in range(1, ranks)}
-    groups[ranks] = dist.group.WORLD
+    groups |= {ranks: dist.group.WORLD, "odd": dist.new_group(list(range(1, ranks, 2)), timeout=TIMEOUT)}
     while True:
-        function, world, args = pipe.recv()
+        function, rank, world, args = pipe.recv()
         try:
             pipe.send((True, function(rank, groups[world], *args)))
         except BaseException:

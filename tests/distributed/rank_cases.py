@@ -4,10 +4,8 @@ Legend: whole batches come in, x, y [N, D]; each rank cuts out its rows by `size
 """
 
 import contextlib
-import importlib.util
 import warnings
 from collections import Counter
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -18,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastclip
+from fastclip.benchmarks.foreign import open_clip_losses
 from fastclip.distributed import Sharded, exchange
 
 
@@ -165,15 +164,6 @@ def fsdp_step(rank, group, mode: str, sizes, x, y, scale: float):
     value = fastclip.clip_loss(image, text, multiplier, group=Sharded(group, mode))
     (value + 0.0 * bias.sum()).backward()
     return {"loss": value.detach()} | {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-
-
-def open_clip_losses():
-    """The file open_clip/loss.py alone: it needs torch only, the package torchvision and more."""
-    file = Path(importlib.util.find_spec("open_clip").origin).with_name("loss.py")
-    spec = importlib.util.spec_from_file_location("open_clip_loss", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def module_step(rank, group, whose: str, name: str, options: dict, x, y, scale: float):

@@ -138,6 +138,15 @@ def test_bfloat16(pool, loss, mode):
 
 
 @pytest.mark.parametrize("mode", ["gather", "ring"])
+@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+def test_a_subgroup_whose_ranks_have_other_numbers_in_the_whole(pool, loss, mode):
+    made = make_cases((4, 4))
+    ranks = pool.run(ddp_steps, [(loss, mode, *case) for case in made], world="odd")
+    for case, steps in zip(made, zip(*ranks, strict=True), strict=True):
+        assert_as_good_as_dense(loss, case, steps)
+
+
+@pytest.mark.parametrize("mode", ["gather", "ring"])
 @pytest.mark.parametrize("sizes", [(4, 4), (5, 3)], ids=str)
 def test_fsdp2(pool, sizes, mode):
     """FSDP2 averages as DDP does; the logit scale, one number, is a parameter [1]."""
