@@ -92,10 +92,14 @@ class EvaluationConfig:
     """What the source is, as --data.kind."""
     split: str | None = None
     """Of the source, as --data.split."""
-    batch: int = 256
-    """Pairs a process encodes at a time."""
     samples: int = 4096
     """Held-out pairs at most: their loss is that of one batch of them, recall@K is among them."""
+    batch: int = 256
+    """Pairs a process encodes at a time."""
+    zero_shot: str | None = None
+    """Classified without training: a folder with a folder of pictures for each class; or `digits` (scikit-learn's)."""
+    templates: tuple[str, ...] = ()
+    """Prompts of the zero-shot classes, as for `fastclip classify`."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class TrainConfig:
     """CLIP's softmax or SigLIP's sigmoid (with a learnable bias, from -10)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Under torchrun: each process holds the whole model (DDP), or a shard of it (FSDP2)."""
+    loss_mode: Literal["gather", "ring"] = "gather"
+    """Under torchrun: every process holds all text features for the loss, or they go round while it computes."""
     workers: int = 0
     """Processes that decode images for each training process; 0 decodes in the training process itself."""
     crop: tuple[float, float] = (0.9, 1.0)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from fastclip.train.state import TrainState
 from fastclip.train.step import StepResult
 
 METRICS = "metrics.jsonl"
+# A line holds so much; metrics.jsonl has all.
+NOT_PRINTED = ("@5", "@10", "pairs", "top-5", "mean_per_class")
 
 
 class RunLog:
-    """Collects, shows and writes the records; in processes other than the first it does nothing.
+    """Collects, shows and writes the records; in processes other than the first it does nothing. A context manager.
 
     `records`: all so far, those of the resumed run included. `folder`: None writes no files. `step_flops`: of the
     model, forward and backward, for one step of all processes.
@@ -92,7 +97,8 @@ class RunLog:
     def evaluation(self, state: TrainState, values: dict[str, float]) -> None:
         """Record `values`, and do not count the time that they took."""
         if self.world.first:
-            self.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            short = {name: value for name, value in values.items() if not name.endswith(NOT_PRINTED)}
+            self.say(f"step {state.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in short.items()))
             self.write({"step": state.step, "samples": state.samples, **values})
         self.restart_clock()
 
@@ -109,9 +115,20 @@ class RunLog:
         if self.world.first:
             self.progress.say(text)
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         for writer in self.writers:
             writer.close()
+
+
+@contextmanager
+def warnings_said(say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, Python's warnings (of the data, mostly) are lines like the others, without the code that gave them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *where, **rest: say(f"warning: {message}")
+        yield
 
 
 class Lines:
@@ -165,14 +182,12 @@ class Wandb:
 def open_writers(config: LogConfig, folder: Path, begin: int) -> list[Any]:
     """What `config` asks for. UserError for a package that is not installed."""
     try:
-        writers: list[Any] = [Lines(folder / METRICS)]
+        writers: list[Any] = [Wandb(config.wandb, folder)] if config.wandb is not None else []
         if config.tensorboard:
             writers.append(TensorBoard(folder / "tensorboard", begin))
-        if config.wandb is not None:
-            writers.append(Wandb(config.wandb, folder))
+        return [Lines(folder / METRICS), *writers]
     except ModuleNotFoundError as error:
         raise UserError(f"the package {error.name} is not installed: install it, or --log.no-tensorboard") from error
-    return writers
 
 
 def earlier(path: Path, begin: int) -> list[dict[str, Any]]:

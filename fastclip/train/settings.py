@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 Config = TypeVar("Config")
+KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", Path: "a string"}
 
 
 def read_settings(path: Path, config: type[Config]) -> Config:
@@ -76,7 +77,7 @@ def convert(kind: Any, value: Any) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"a {kind.__name__}")
+        raise ValueError(KINDS[kind])
     return value
 
 

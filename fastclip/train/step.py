@@ -9,6 +9,7 @@ import torch
 
 from fastclip import clip_loss, retrieval_ranks, siglip_loss
 from fastclip.data.batch import Batch
+from fastclip.distributed import Sharded
 from fastclip.errors import UserError
 from fastclip.train.config import TrainConfig
 from fastclip.train.optimizer import set_learning_rate
@@ -77,7 +78,8 @@ class TrainStep:
     def loss(self, batch: Batch, accuracy: bool) -> tuple[torch.Tensor, float | None]:
         """The whole batch's loss, over all processes, and the in-batch accuracy if asked for."""
         model = self.state.model
-        shared = {"ids": batch.pair_ids, "group": self.world.group}
+        group = None if self.world.group is None else Sharded(self.world.group, self.config.loss_mode)
+        shared = {"ids": batch.pair_ids, "group": group}
         with autocast(self.config, self.world):
             image, text = self.encode(batch)
             if self.config.loss == "siglip":

@@ -14,9 +14,9 @@ from fastclip.errors import UserError
 from fastclip.train import checkpoint, parts, settings
 from fastclip.train.config import TrainConfig
 from fastclip.train.curves import draw_curves
-from fastclip.train.evaluate_hook import Evaluation
+from fastclip.train.evaluate_hook import make_evaluation
 from fastclip.train.flops import training_flops
-from fastclip.train.log import METRICS, RunLog
+from fastclip.train.log import METRICS, RunLog, warnings_said
 from fastclip.train.loop import fit
 from fastclip.train.memory import out_of_memory_explained
 from fastclip.train.optimizer import Average, make_optimizer
@@ -43,9 +43,9 @@ def train(config: TrainConfig) -> int:
         seed_everything(config.seed, 0)  # the same weights in every process
         model, tokenizer = parts.make_model(config, parts.training_data(config))
         batches = parts.training_batches(config, model, tokenizer, world)
-        held_out = parts.held_out_batches(config, model, tokenizer, world)
         flops = training_flops(model, config) if config.log.peak_tflops is not None else None
         state = make_state(model, config, world)
+        evaluate = make_evaluation(state, tokenizer, config, world)
         schedule = make_schedule(config.schedule, config.batch, batches.steps_per_epoch)
         seed_everything(config.seed, world.rank)  # other dropout in each
 
@@ -54,13 +54,14 @@ def train(config: TrainConfig) -> int:
             run.resume(begin_from)
         weights = sum(weight.numel() for weight in model.parameters())
         world.say(f"Training {weights:,} weights, {schedule.steps - state.step} steps of {config.batch:,} pairs.")
-        with Progress(schedule.steps, state.step, shown=world.first) as progress:
-            log = RunLog(config, world, progress, config.out, flops)
+        with (
+            Progress(schedule.steps, state.step, shown=world.first) as progress,
+            RunLog(config, world, progress, config.out, flops) as log,
+            out_of_memory_explained(config, config.batch // world.size),
+            warnings_said(progress.say),
+        ):
             step = TrainStep(state, make_encode(model, config, world), schedule, config, world)
-            evaluate = held_out and Evaluation(state, held_out, config, world)
-            with out_of_memory_explained(config, config.batch // world.size):
-                stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
-            log.close()
+            stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
         if stopped:
             world.say(f"Stopped by a signal after step {state.step}; --resume latest goes on from there.")
         else:

@@ -60,7 +60,7 @@ def make_start(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(start: Path, data: str, out: Path, **changes) -> TrainConfig:
+def tiny_config(start: Path, data: str, out: Path, /, **changes) -> TrainConfig:
     """Twelve steps of 8 pairs, a checkpoint every four. Changes: fields of TrainConfig, or dicts for its groups."""
     groups = {
         "model": ModelConfig(start_from=start),
