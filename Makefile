@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STEPS ?=
+BENCH ?=
 
 .PHONY: demo test bench gpu lint
 demo: .venv/ready
@@ -11,7 +12,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest
 
 bench: .venv/ready
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU: the system's Python with torch, triton, numpy and pytest; no install, no network.
 gpu:
