@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 USUAL = ("clip", "siglip", "ranks", "topk", "step", "loading", "sharded")
-ON_REQUEST = ("grad_caching", "large_batch", "models")  # minutes each: only where --only names them
+ON_REQUEST = ("grad_caching", "large_batch", "models", "scaling")  # minutes each: only where --only names them
 CASES = USUAL + ON_REQUEST
 DTYPES = ("fp32", "bf16", "fp16")
 MODES = ("forward", "forward+backward")
@@ -26,7 +26,7 @@ class Config:
     """The short run: few sizes, fp32."""
     only: tuple[str, ...] = ()
     """Cases to run, of clip siglip ranks topk step loading sharded, which are run if this is not given, and
-    grad_caching large_batch models, which take minutes each."""
+    grad_caching large_batch models scaling, which take minutes each."""
     sizes: tuple[int, ...] = ()
     """Batch sizes N (rows of each side for ranks and topk); each case has its own if not given."""
     dtypes: tuple[str, ...] = ()

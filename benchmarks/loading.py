@@ -20,7 +20,7 @@ from fastclip.benchmarks.foreign import missing, stand_in_for_torchvision
 
 WIDE, HIGH, SIZE, TOKENS, BATCH = 320, 256, 224, 16, 64
 EPOCH = "one epoch"
-QUICK, FULL = (128,), (512,)
+QUICK, FULL = (64,), (512,)
 
 
 def tokenize(captions: list[str]) -> Tensor:

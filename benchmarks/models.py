@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import logging
 from functools import partial
+from statistics import median
 
 import torch
 from torch import nn
 
-from fastclip.benchmarks.foreign import stand_in_for_torchvision
+from fastclip.benchmarks.foreign import stand_in_for_torchvision, why_not_open_clip
 from fastclip.benchmarks.measure import interleaved, paired
+from fastclip.benchmarks.report import extra_text
 from fastclip.clip import Clip, export_openclip, model_config
 from fastclip.clip.convert import OPENCLIP
 
@@ -58,37 +60,54 @@ def largest_error(ours: Clip, theirs: nn.Module, images: torch.Tensor, ids: torc
     return errors[worst]
 
 
+def measure(quick: bool) -> list[dict]:
+    """For `fastclip bench`: ViT-B/32, 15 rounds of 16 pairs, or 2 of 2."""
+    if reason := why_not_open_clip():
+        return [{"not run": reason}]
+    return compare("ViT-B-32", *((2, 2) if quick else (16, 15)))
+
+
+def compare(name: str, batch: int, rounds: int) -> list[dict]:
+    """One line for each kind of input: medians of both in seconds, their ratio and its 10th to 90th percentile.
+
+    SystemExit where features or gradients differ.
+    """
+    library = stand_in_for_torchvision()  # noqa: F841 - kept: its definitions go when it is collected
+    import open_clip
+
+    logging.disable(logging.WARNING)  # OpenCLIP warns that the weights are random
+    torch.manual_seed(SEED)
+    ours = Clip(model_config(name))
+    theirs = open_clip.create_model(name).train()
+    theirs.load_state_dict(export_openclip(ours))
+    size = ours.config.image.image_size
+    images = torch.randn(batch, 3, size, size)
+    texts = {"full": captions(batch, CONTEXT, CONTEXT), "usual": captions(batch, 8, 20)}
+    error = max(largest_error(ours, theirs, images, ids) for ids in texts.values())
+    work = {"image": (images, None)}
+    for kind, ids in texts.items():
+        work |= {f"text, {kind}": (None, ids), f"both, {kind}": (images, ids)}
+
+    lines = []
+    for what, inputs in work.items():
+        calls = {"ours": partial(step, ours, *inputs), "theirs": partial(step, theirs, *inputs)}
+        interleaved(calls, lambda: None, range(2, 2), 0)
+        times = interleaved(calls, lambda: None, range(rounds, rounds), 0)
+        ratio = paired(times["ours"], times["theirs"])
+        line = {"model": name, "batch": batch, "forward + backward": what, "largest error": error}
+        line |= {"fastclip, s": median(times["ours"]), "OpenCLIP, s": median(times["theirs"])}
+        lines.append(line | {"ratio": ratio.median, "10% to 90%": f"{ratio.low:.3f} to {ratio.high:.3f}"})
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", default="ViT-B-32")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    library = stand_in_for_torchvision()  # noqa: F841 - kept: its definitions go when it is collected
-    import open_clip
-
-    logging.disable(logging.WARNING)  # OpenCLIP warns that the weights are random
-    torch.manual_seed(SEED)
-    ours = Clip(model_config(args.name))
-    theirs = open_clip.create_model(args.name).train()
-    theirs.load_state_dict(export_openclip(ours))
-    size = ours.config.image.image_size
-    images = torch.randn(args.batch, 3, size, size)
-    texts = {"full": captions(args.batch, CONTEXT, CONTEXT), "usual": captions(args.batch, 8, 20)}
-    work = {"image": (images, None)}
-    for kind, ids in texts.items():
-        print(f"{kind} captions: largest error {largest_error(ours, theirs, images, ids):.1e}")
-        work |= {f"text, {kind}": (None, ids), f"both, {kind}": (images, ids)}
-
-    print(f"{args.name}, batch {args.batch}, float32, {torch.get_num_threads()} threads, {args.rounds} rounds")
-    print(f"{'forward + backward':20} {'fastclip':>10} {'OpenCLIP':>10} {'ratio':>7}  10% to 90%")
-    for what, inputs in work.items():
-        calls = {"ours": partial(step, ours, *inputs), "theirs": partial(step, theirs, *inputs)}
-        interleaved(calls, lambda: None, range(2, 2), 0)
-        times = interleaved(calls, lambda: None, range(args.rounds, args.rounds), 0)
-        ratio = paired(times["ours"], times["theirs"])
-        ours_s, theirs_s = (sorted(runs)[len(runs) // 2] for runs in times.values())
-        print(f"{what:20} {ours_s:8.3f} s {theirs_s:8.3f} s {ratio.median:7.3f}  {ratio.low:.3f} to {ratio.high:.3f}")
+    print(f"float32, {torch.get_num_threads()} threads, {args.rounds} rounds")
+    print(extra_text(compare(args.name, args.batch, args.rounds)))
 
 
 if __name__ == "__main__":

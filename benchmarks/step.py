@@ -21,7 +21,7 @@ SIZE, TOKENS, VOCABULARY = 32, 16, 1000
 PIECE = 256  # pairs encoded at a time where gradients are cached
 LOGIT_SCALE = 20.0
 STEP = "one step"
-QUICK, FULL = (1024,), (2048, 4096)
+QUICK, FULL = (512,), (2048, 4096)
 
 
 class Towers(nn.Module):
