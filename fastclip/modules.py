@@ -176,7 +176,6 @@ class DistillClipLoss(ClipLoss):
         output_dict: bool = False,
     ) -> tuple[Tensor, Tensor] | dict[str, Tensor]:
         """(contrastive loss, distillation loss), or a dict of both; the teacher's arguments begin with dist_."""
-        _one_process("DistillClipLoss", self.world_size)
         loss = super().forward(image_features, text_features, logit_scale)
         distill = distill_loss(
             image_features,
@@ -186,6 +185,7 @@ class DistillClipLoss(ClipLoss):
             dist_text_features,
             dist_logit_scale,
             normalize=False,
+            group=default_group(self.rank, self.world_size, self.sharded),
             backend=self.backend,
         )
         return {"contrastive_loss": loss, "distill_loss": distill} if output_dict else (loss, distill)

@@ -36,6 +36,7 @@ LEVELS = {
     "loss": 3,
     "distill": 3,
     "softmax": 3,
+    "agreement": 3,
     "metrics": 3,
     "ops": 2,
     "sigmoid": 2,

@@ -3,6 +3,7 @@
 Legend: n_r queries (image rows) and m_r keys (text rows) on rank r; N, M their sums over the W ranks of a group.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -116,6 +117,21 @@ def _raise_everywhere(failure: Exception | None, text: str, failed: list[bool], 
         raise ValueError(f"the loss cannot be computed because another rank's arguments are wrong: {told}")
     told = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
     raise ValueError(f"all ranks must call the loss alike, but they differ: {told}")
+
+
+def not_compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """Decorator: torch.compile breaks its graph here and does not look inside, where it would find messages.
+
+    torch.compiler.disable does that too, and imports the whole compiler at once, which takes seconds.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return run
 
 
 def tensor_text(**tensors: Tensor | float | None) -> str:

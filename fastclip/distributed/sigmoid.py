@@ -11,7 +11,7 @@ from torch import Tensor
 from fastclip import backends, sigmoid
 from fastclip.distributed.exchange import all_reduce, all_rows, gather_rows, whole
 from fastclip.distributed.ring_sigmoid import SigmoidOptions, ring_row_losses, ring_sum
-from fastclip.distributed.shards import Shards, agree, tensor_text
+from fastclip.distributed.shards import Shards, agree, not_compiled, tensor_text
 from fastclip.ops import NO_MASK, Mask
 
 
@@ -26,6 +26,7 @@ class SigmoidInputs(NamedTuple):
     ids: Tensor | None
 
 
+@not_compiled
 def siglip_loss(check: Callable[[], SigmoidInputs], options: SigmoidOptions, group: object, reduction: str) -> Tensor:
     """fastclip.siglip_loss over the ranks of `group`. check: validates this rank's arguments and returns them."""
 

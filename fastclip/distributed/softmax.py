@@ -14,7 +14,7 @@ from fastclip import backends, ops, softmax
 from fastclip.distributed.exchange import all_reduce, gather_rows, sum_over_ranks, whole
 from fastclip.distributed.ids import Ids, gather_ids, mean_by_id
 from fastclip.distributed.ring import blocks
-from fastclip.distributed.shards import Shards, agree, tensor_text
+from fastclip.distributed.shards import Shards, agree, not_compiled, tensor_text
 from fastclip.distributed.sums import similarity_sums
 from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, unit_rows
 
@@ -33,6 +33,7 @@ class InfoNCEForm:
     return_stats: bool
 
 
+@not_compiled
 def clip_loss(
     check: Callable[[], Checked], group: object, reduction: str, return_stats: bool
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -54,6 +55,7 @@ def clip_loss(
     return (loss, _stats(image, text, scale, shards, options, pairs, losses)) if return_stats else loss
 
 
+@not_compiled
 def info_nce(check: Callable[[], tuple], form: InfoNCEForm, group: object) -> Tensor | tuple[Tensor, LossStats]:
     """fastclip.info_nce over the ranks of `group`: a rank's query i belongs to its own key i.
 

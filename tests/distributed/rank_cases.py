@@ -180,3 +180,16 @@ def module_step(rank, group, whose: str, name: str, options: dict, x, y, scale: 
     value.backward()
     grads = {name: p.grad for name, p in model.module.named_parameters()}
     return value.detach(), grads, [str(warning.message) for warning in caught]
+
+
+def compiled_step(rank, group, mode: str) -> tuple[Tensor, Tensor]:
+    """The gradient of an encoder with the loss, as it is and under torch.compile."""
+    encoder = nn.Linear(3, 3)
+    x = torch.randn(4, 3)
+
+    def step(x: Tensor) -> Tensor:
+        image = encoder(x)
+        return 2.0 * fastclip.clip_loss(image, image.flip(1), 3.0, group=Sharded(group, mode))
+
+    run = torch.compile(step, backend="aot_eager")
+    return tuple(torch.autograd.grad(function(x), encoder.weight)[0] for function in (step, run))

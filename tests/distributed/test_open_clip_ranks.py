@@ -96,8 +96,6 @@ def test_what_runs_in_one_process_only_says_so():
     x = torch.ones(2, 3)
     with pytest.raises(NotImplementedError, match="makes its own logits runs in one process only, got world_size=2"):
         Own(world_size=2)(x, x, 1.0)
-    with pytest.raises(NotImplementedError, match="DistillClipLoss"):
-        fastclip.DistillClipLoss(world_size=2)(x, x, 1.0, x, x, 1.0)
     with pytest.raises(NotImplementedError, match="Horovod"):
         fastclip.SigLipLoss(world_size=2, use_horovod=True)
     with pytest.raises(ValueError, match="dist_impl must be one of"):

@@ -6,7 +6,7 @@ gradient of a rank's own rows is 1/W of what it holds, and a number's is the mea
 
 import pytest
 import torch
-from rank_cases import pairs_steps
+from rank_cases import compiled_step, pairs_steps
 
 import fastclip
 
@@ -133,3 +133,25 @@ def test_siglip_loss(pool, options, mode):
 @pytest.mark.parametrize("options", INFO_NCE.values(), ids=INFO_NCE)
 def test_info_nce(pool, options, mode):
     check(pool, "info_nce", Y_SIZES, Y, options, mode)
+
+
+TEACHER = {
+    "teacher_image_features": torch.randn(N, 4, generator=GENERATOR, dtype=torch.float64),
+    "teacher_text_features": torch.randn(N, 4, generator=GENERATOR, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("teacher_scale", [0.0, 20.0, 1e4])
+def test_distill_loss(pool, teacher_scale):
+    check(pool, "distill_loss", X_SIZES, Y[:N], TEACHER | {"teacher_logit_scale": teacher_scale}, "gather")
+
+
+def test_distill_loss_does_not_go_round_a_ring(pool):
+    with pytest.raises(RuntimeError, match=r'NotImplementedError: .*mode="gather" only'):
+        check(pool, "distill_loss", X_SIZES, Y[:N], TEACHER | {"teacher_logit_scale": 2.0}, "ring")
+
+
+@modes
+def test_torch_compile_runs_it(pool, mode):
+    for eager, compiled in pool.run(compiled_step, mode, world=2):
+        torch.testing.assert_close(compiled, eager, rtol=0.0, atol=0.0)
