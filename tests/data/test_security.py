@@ -140,6 +140,26 @@ def test_a_hostile_shard_set_is_read_runs_nothing_and_is_named(hostile, workers,
     assert all(kind in report.summary() for kind in report.counts) and "\n" not in report.summary()
 
 
+def test_the_data_report_of_a_hostile_shard_set_names_the_same_and_runs_nothing(hostile, capsys, tmp_path):
+    for package in ("tyro", "tqdm", "matplotlib"):
+        pytest.importorskip(package)
+    from fastclip import cli
+
+    folder, marker = hostile
+    cli.main(["data", "report", str(folder / "{a..d}.tar"), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "64 samples of" in printed and not marker.exists() and "\x1b" not in printed
+    for line in (
+        "bad image: 4",
+        "unsafe name: 8",
+        "member not read: 9",
+        "damaged shard: 1",
+        "a.tar/0902: ",
+        "../../HACKED",
+    ):
+        assert line in printed
+
+
 def test_names_cannot_write_to_the_terminal_or_flood_it():
     report = DataReport()
     report.add("unsafe name", "a\x1b[31m\r\n\x07\u202e" + "x" * 10_000)
@@ -169,6 +189,19 @@ def test_a_member_that_claims_more_than_there_is_is_not_waited_for(tmp_path, siz
     notes = []
     assert not list(read_shard(str(tmp_path / "s.tar"), (), lambda *note: notes.append(note)))
     assert [kind for kind, _ in notes] == kinds
+
+
+def test_a_sparse_member_is_not_unfolded(tmp_path):
+    """It has no content in the file and 100 MB of zeros once read."""
+    header = tarfile.TarInfo("0001.png")
+    header.type = tarfile.GNUTYPE_SPARSE
+    block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    block[483:495] = b"%011o\0" % 100_000_000
+    block[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(block))[0]
+    (tmp_path / "s.tar").write_bytes(bytes(block) + b"\0" * 1024)
+    notes = []
+    assert not list(read_shard(str(tmp_path / "s.tar"), (), lambda *note: notes.append(note)))
+    assert notes == [("not a regular file", "s.tar: 0001.png"), ("empty shard", "s.tar")]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -214,6 +214,23 @@ def test_resume_is_bit_identical_with_windows_cut_and_streams_of_different_lengt
         assert resumed.report == whole.report
 
 
+def test_what_is_noted_at_a_shards_end_is_reported_once_wherever_a_run_goes_on(tmp_path):
+    """Windows and shards of 16, the first with 4 samples more than its index says."""
+    config = replace(write_shards(tmp_path, (16, 16), index=True), shuffle=False)
+    (tmp_path / "s-000.tar").write_bytes(shard(0, 20))
+    whole = loader(config)
+    states = []
+    with pytest.warns(UserWarning, match="changed shard"):
+        for _ in whole:
+            states.append(whole.state_dict())
+    for state in states:
+        resumed = loader(config)
+        resumed.warned.add("changed shard")
+        resumed.load_state_dict(state)
+        list(resumed)
+        assert resumed.report == whole.report and whole.report.counts == {"changed shard": 1}
+
+
 def test_resume_does_not_open_shards_that_are_done_with(tmp_path):
     config = replace(write_shards(tmp_path, (16,) * 6, index=True), shuffle=False)
     stopped = loader(config)
