@@ -50,7 +50,7 @@ class TrainStep:
         rate = self.config.optimizer.learning_rate * self.schedule(state.step)
         set_learning_rate(optimizer, rate)
         optimizer.zero_grad(set_to_none=True)
-        loss, share = self.loss(batch.to(self.world.device, non_blocking=True), accuracy)
+        loss, share = self.loss(batch, accuracy)
         scaler.scale(loss).backward()
         self.world.average(p.grad for p in self.scalars)
         scaler.unscale_(optimizer)
@@ -79,7 +79,8 @@ class TrainStep:
         """The whole batch's loss, over all processes, and the in-batch accuracy if asked for."""
         model = self.state.model
         group = None if self.world.group is None else Sharded(self.world.group, self.config.loss_mode)
-        shared = {"ids": batch.pair_ids, "group": group}
+        ids = None if batch.pair_ids is None else batch.pair_ids.to(self.world.device)
+        shared = {"ids": ids, "group": group}
         with autocast(self.config, self.world):
             image, text = self.encode(batch)
             if self.config.loss == "siglip":

@@ -45,19 +45,42 @@ def prepare(model: Clip, config: TrainConfig, world: World) -> None:
 def make_encode(model: Clip, config: TrainConfig, world: World) -> Encode:
     """Batch -> (image features [N, D], text features [N, D]), ready for backward. UserError for a bad micro-batch."""
     check_pieces(model, config, world)
-    wrap = wrapper(config, world)
-    text = wrap(model.text)
+    piece = config.micro_batch
+    text = Moved(wrapped(model.text, config, world), world.device)
     if config.model.lock_image:
-        image = locked(model.image, config.micro_batch)
-        if config.micro_batch is None:
-            return lambda batch: (image(batch.images), text(batch.tokens))
-        cached_text = GradCache([text], config.micro_batch)
+        image = Frozen(Moved(model.image, world.device), piece)
+    else:
+        image = Moved(wrapped(model.image, config, world), world.device)
+    if piece is not None and not config.model.lock_image:
+        cached = GradCache([image, text], piece)
+        return lambda batch: cached(batch.images, batch.tokens)
+    if piece is not None:
+        cached_text = GradCache([text], piece)
         return lambda batch: (image(batch.images), *cached_text(batch.tokens))
-    image = wrap(model.image)
-    if config.micro_batch is None:
-        return lambda batch: (image(batch.images), text(batch.tokens))
-    cached = GradCache([image, text], config.micro_batch)
-    return lambda batch: cached(batch.images, batch.tokens)
+    return lambda batch: (image(batch.images), text(batch.tokens))
+
+
+class Moved(nn.Module):
+    """A tower whose inputs wait where they are: with micro-batches a GPU holds one of them, not the whole batch."""
+
+    def __init__(self, tower: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.tower, self.device = tower, device
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.tower(inputs.to(self.device, non_blocking=True))
+
+
+class Frozen(nn.Module):
+    """A frozen tower, `piece` rows at a time (None: all at once); nothing is kept for backward."""
+
+    def __init__(self, tower: nn.Module, piece: int | None) -> None:
+        super().__init__()
+        self.tower, self.piece = tower, piece
+
+    @torch.no_grad()
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.tower(part) for part in inputs.split(self.piece or len(inputs))])
 
 
 def check_pieces(model: Clip, config: TrainConfig, world: World) -> None:
@@ -75,26 +98,12 @@ def trained_towers(model: Clip) -> Sequence[nn.Module]:
     return [tower for tower in (model.image, model.text) if any(p.requires_grad for p in tower.parameters())]
 
 
-def wrapper(config: TrainConfig, world: World) -> Callable[[nn.Module], nn.Module]:
-    """What a trained tower is wrapped in. Each tower has its own reducer, so that both encoders are plain modules."""
-
-    def wrap(tower: nn.Module) -> nn.Module:
-        if config.precision.compile:
-            tower.compile()
-        if world.group is None or config.parallel == "fsdp":
-            return tower
-        # Buffers are the first process's; TrainState shares them when they are read, not at every step.
-        devices = [world.device] if world.device.type == "cuda" else None
-        return DistributedDataParallel(tower, device_ids=devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
-
-    return wrap
-
-
-def locked(tower: nn.Module, micro_batch: int | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A frozen tower, in evaluation mode, a piece at a time; nothing is kept for backward."""
-
-    @torch.no_grad()
-    def encode(inputs: torch.Tensor) -> torch.Tensor:
-        return torch.cat([tower(part) for part in inputs.split(micro_batch or len(inputs))])
-
-    return encode
+def wrapped(tower: nn.Module, config: TrainConfig, world: World) -> nn.Module:
+    """A trained tower, compiled and replicated as the configuration says. Each has a reducer of its own."""
+    if config.precision.compile:
+        tower.compile()
+    if world.group is None or config.parallel == "fsdp":
+        return tower
+    # Buffers are the first process's; World.share gives them to the others when they are read, not at every step.
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(tower, device_ids=devices, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
