@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from fastclip import clip_loss
-from fastclip.benchmarks import machine
+from fastclip.benchmarks import machine, noise
 from fastclip.benchmarks.progress import Progress
 from fastclip.benchmarks.results import Results
 from fastclip.benchmarks.tables import extra
@@ -113,13 +113,14 @@ def batches(glyphs, config: LargeBatch) -> Iterator[tuple[Tensor, Tensor]]:
 def main(config: LargeBatch) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    here = machine.describe(torch.get_num_threads())
+    here, quiet = machine.describe(torch.get_num_threads()), noise.Noise()
     print(machine.headline(here))
     lines = [train(config)]
+    part = {"date": here["date"], "commit": here["commit"], **quiet.measured()}
     for name, value in zip(*extra(lines), strict=True):
         print(f"{name:>34}: {value}")
     if config.out is not None:
-        Results("cpu", here, extra={"large_batch": lines}).save(config.out)
+        Results("cpu", here, extra={"large_batch": lines}, parts=[part]).save(config.out)
         print(f"Results: {config.out}")
 
 

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from fastclip import clip_loss
-from fastclip.benchmarks import machine
+from fastclip.benchmarks import machine, noise
 from fastclip.benchmarks.children import return_freed_blocks, run_in_child
 from fastclip.benchmarks.grad_caching import model_and_batch
 from fastclip.benchmarks.memory import watch
@@ -113,13 +113,14 @@ def run(setting: Setting) -> tuple[float, float]:
 def main(config: Scaling) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    here = machine.describe(torch.get_num_threads())
+    here, quiet = machine.describe(torch.get_num_threads()), noise.Noise()
     print(machine.headline(here))
     lines, rates = compare(config.quick)
+    part = {"date": here["date"], "commit": here["commit"], **quiet.measured()}
     for cells in extra(lines):
         print("  ".join(f"{cell:>13}" for cell in cells))
     if config.out is not None:
-        Results("cpu", here, extra={"scaling": lines, "rates": rates}).save(config.out)
+        Results("cpu", here, extra={"scaling": lines, "rates": rates}, parts=[part]).save(config.out)
         print(f"Results: {config.out}")
 
 
