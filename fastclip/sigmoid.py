@@ -108,7 +108,7 @@ class _SigmoidRows(torch.autograd.Function):
 
 
 def _scaled(upstream, x, y, scale, bias, *grads):
-    """upstream times each gradient; where they may be differentiated again, tied to the inputs so that doing it raises."""
+    """upstream times each gradient; tied to the inputs, so that it raises, where they may be differentiated again."""
     if torch.is_grad_enabled():
         return _ScaleOnce.apply(upstream, x, y, scale, bias, *grads)
     return _ScaleOnce.forward(upstream, x, y, scale, bias, *grads)
