@@ -59,7 +59,7 @@ class ScheduleConfig:
     """How long, and the learning rate's course: linear warm-up, then half a cosine to zero."""
 
     steps: int | None = None
-    """Optimiser steps. Give one of steps, epochs and samples."""
+    """Optimiser steps. At most one of steps, epochs and samples can be given; one epoch if none is."""
     epochs: float | None = None
     """Passes over the training data."""
     samples: int | None = None
@@ -171,8 +171,8 @@ class TrainConfig:
         """UserError for numbers that cannot be."""
         lengths = {"steps": self.schedule.steps, "epochs": self.schedule.epochs, "samples": self.schedule.samples}
         given = {name: length for name, length in lengths.items() if length is not None}
-        if len(given) != 1:
-            raise UserError(f"give one of --schedule.steps, --schedule.epochs and --schedule.samples, got {len(given)}")
+        if len(given) > 1:
+            raise UserError(f"give one of {' and '.join(f'--schedule.{name}' for name in given)}")
         at_least = {
             **{f"schedule.{name}": (length, 0, False) for name, length in given.items()},
             "batch": (self.batch, 2, True),

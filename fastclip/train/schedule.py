@@ -24,15 +24,19 @@ class Schedule:
 
 
 def make_schedule(config: ScheduleConfig, batch: int, steps_per_epoch: int | None) -> Schedule:
-    """From steps, epochs or samples, whichever is given; `batch` pairs a step, `steps_per_epoch` None if unknown."""
-    steps = config.steps
-    if config.samples is not None:
+    """Of steps, epochs or samples, whichever is given, else one epoch. `batch` pairs a step, over all processes.
+
+    `steps_per_epoch`: None if unknown. UserError for a length that is unknown or less than a step.
+    """
+    if config.steps is not None:
+        steps = config.steps
+    elif config.samples is not None:
         steps = config.samples // batch
         if steps < 1:
             raise UserError(f"--schedule.samples {config.samples} are less than one batch of {batch}")
-    if config.epochs is not None:
-        if steps_per_epoch is None:
-            raise UserError("the length of an epoch is unknown for this data: give --schedule.steps or .samples")
-        steps = max(1, round(config.epochs * steps_per_epoch))
+    elif steps_per_epoch is None:
+        raise UserError("the length of an epoch is unknown for this data: give --schedule.steps or .samples")
+    else:
+        steps = max(1, round((config.epochs or 1.0) * steps_per_epoch))
     warmup = config.warmup if config.warmup >= 1 else config.warmup * steps
     return Schedule(steps, max(1, round(warmup)))

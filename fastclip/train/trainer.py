@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -155,7 +156,10 @@ class Run:
             checkpoint.save_model_folder(out, model.config, self.tokenizer, weights)
             if averaged:
                 checkpoint.save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
-            draw_curves(log.records, self.config.batch, out / CURVES, f"{self.state.step:,} steps")
+            name = self.config.model.name or self.config.model.start_from or "glyph-conv"
+            chance = None if self.config.loss == "clip" else math.nan
+            title = f"{name}: {self.state.step:,} steps"
+            draw_curves(log.records, self.config.batch, out / CURVES, title, chance=chance)
         self.world.say(f"Written to {out}: the model, checkpoints, {CONFIG}, {METRICS} and {CURVES}.")
 
 
