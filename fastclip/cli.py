@@ -41,6 +41,9 @@ COMMANDS = {
     "tune": Tune,
 }
 
+# Packages of the extra [train] that [demo] lacks.
+TRAINING = ("braceexpand", "datasets", "fsspec", "ftfy", "pyarrow", "tensorboard")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `fastclip` and `python -m fastclip`.
@@ -57,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, OSError) as error:
         fail(str(error))
     except ModuleNotFoundError as error:
-        fail(f"this command needs the package {error.name}: pip install 'fastclip-loss[demo]'")
+        extra = "train" if error.name in TRAINING else "demo"
+        fail(f"this command needs the package {error.name}: pip install 'fastclip-loss[{extra}]'")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise
