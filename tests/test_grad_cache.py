@@ -267,6 +267,13 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="a parameter has changed"):
             loss.backward()
 
+    def test_a_mode_that_changes_before_backward(self, pair):
+        """Dropout would be off in the second pass."""
+        loss = pair.loss(*GradCache([pair.image, pair.text], PIECE)(*batch()))
+        pair.eval()
+        with pytest.raises(RuntimeError, match=r"train\(\) or eval\(\)"):
+            loss.backward()
+
     def test_an_optimizer_inside_backward(self, pair):
         """It would step after the first micro-batch."""
         optimizer = torch.optim.SGD([pair.image[0].weight], lr=1.0)

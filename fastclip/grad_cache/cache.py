@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fastclip.grad_cache.parallel import Reduction, warn_if_alone
-from fastclip.grad_cache.pieces import Call, take_apart
+from fastclip.grad_cache.pieces import take_apart
 from fastclip.grad_cache.state import (
     Autocast,
     Buffers,
     RandomState,
+    Unchanged,
     devices_of,
     forget_rounded_weights,
     random_state_kept,
@@ -83,10 +84,10 @@ class GradCache:
             tensors are all [N, ...]; they are cut along dimension 0, anything else is passed on as it is. They may lie
             on another device than the encoder: it can move each piece. An input that requires a gradient gets it.
 
-        Under torch.no_grad() the features carry no graph, and nothing is kept for a second pass. No parameter may
-        change between the call and `backward`: RuntimeError, as in PyTorch.
+        Under torch.no_grad() the features carry no graph, and nothing is kept for a second pass.
 
-        Raises ValueError for inputs that do not fit, TypeError for an encoder that returns something else.
+        Raises ValueError for inputs that do not fit, TypeError for an encoder that returns something else; `backward`
+        raises RuntimeError if a parameter, an input or a module's mode has changed since the call.
         """
         if len(inputs) != len(self.encoders):
             raise ValueError(f"expected one input per encoder, {len(self.encoders)}, got {len(inputs)}")
@@ -117,7 +118,13 @@ class GradCache:
 class _Passes:
     """One encoder's two passes over one batch."""
 
-    def __init__(self, encode: Call, starts: range, modules: Sequence[nn.Module], reduction: Reduction) -> None:
+    def __init__(
+        self,
+        encode: Callable[[Iterator[Tensor]], Tensor],
+        starts: range,
+        modules: Sequence[nn.Module],
+        reduction: Reduction,
+    ) -> None:
         self.encode, self.starts, self.modules, self.reduction = encode, starts, modules, reduction
 
     def features(self, tensors: list[Tensor]) -> Tensor:
@@ -143,7 +150,7 @@ class _Passes:
         parameters = [p for module in self.modules for p in module.parameters()]
         self.devices = devices_of([*tensors, *parameters])
         self.autocast, self.buffers = Autocast(self.devices), Buffers(self.modules)
-        self.versions = [(p, p._version) for p in parameters]
+        self.unchanged = Unchanged(self.modules)
         self.generators: list[RandomState] = []
         features = self.first(tensors, lambda: self.generators.append(RandomState(self.devices)))
         forget_rounded_weights()
@@ -154,8 +161,7 @@ class _Passes:
         grads = [torch.zeros_like(t) if want else None for t, want in zip(tensors, wanted, strict=True)]
         with random_state_kept(self.devices), self.buffers.apply(), self.reduction.replays():
             for start, generators in zip(self.starts, self.generators, strict=True):
-                if any(p._version != version for p, version in self.versions):
-                    raise RuntimeError("a parameter has changed since GradCache was called: the features are another's")
+                self.unchanged.check()
                 rows = slice(start, start + self.starts.step)
                 leaves = [t[rows].detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True)]
                 generators.restore()

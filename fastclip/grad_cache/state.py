@@ -74,6 +74,22 @@ def forget_rounded_weights() -> None:
     torch.clear_autocast_cache()
 
 
+class Unchanged:
+    """The modules' parameters and modes as they are now: with others the second pass would belong to other features."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self.versions = [(p, p._version) for module in modules for p in module.parameters()]
+        self.modes = [(part, part.training) for module in modules for part in module.modules()]
+
+    def check(self) -> None:
+        """RuntimeError where one has changed."""
+        if any(p._version != version for p, version in self.versions):
+            raise RuntimeError("a parameter has changed since GradCache was called: the features are out of date")
+        if any(part.training != training for part, training in self.modes):
+            raise RuntimeError("train() or eval() since GradCache was called: the second pass would not be the first")
+
+
 class Buffers:
     """Copies of the buffers that training changes: those of the submodules in training mode."""
 
