@@ -5,7 +5,8 @@
 
 What is compared, for every problem that both files have: fastclip's share of the floor, whose matrix products ran in
 the same rounds; where a case has no floor, its time over that of the case's plain form in the same rounds. Never
-seconds with seconds.
+seconds with seconds. Slower is what is above the threshold and whose spreads, then and now, do not overlap; where they
+do the machine was too busy to tell, and that is said.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from fastclip.benchmarks.measure import Spread, paired
 from fastclip.benchmarks.results import SAME, Results, Row, load
 
 THRESHOLD = 1.15
+SLOWER, UNCLEAR = "SLOWER", "UNCLEAR: the spreads overlap"
 
 
 @dataclass(frozen=True)
 class Change:
     """One peer on one problem, then and now. by: what was compared; slowdown: 2.0 is twice as slow.
 
-    then, now: None where it was not measured. within: the two spreads overlap.
+    now: None where it was tried and has no figure.
     """
 
     row: Row
@@ -35,9 +37,16 @@ class Change:
     now: Spread | None
     slowdown: float
 
-    @property
-    def within(self) -> bool:
-        return self.now is not None and overlap(self.then, self.now)
+    def verdict(self, threshold: float) -> str:
+        """ "" below the threshold, else SLOWER, UNCLEAR, or the status of a row that has no figure any more."""
+        if self.now is None:
+            return self.row.status.upper()
+        if self.slowdown <= threshold:
+            return ""
+        return UNCLEAR if overlap(self.then, self.now) else SLOWER
+
+    def failed(self, threshold: float) -> bool:
+        return self.verdict(threshold) not in ("", UNCLEAR)
 
 
 def compare(old: Results, new: Results) -> list[Change]:
@@ -88,18 +97,12 @@ def told(changes: list[Change], threshold: float, old: Results, new: Results) ->
         now = f"{change.now.median:.3f}" if change.now else "-"
         problem = f"{row.case} N={row.n} D={row.d} {row.dtype} {row.mode}, {row.label}"
         values = f"{change.by} {change.then.median:.3f} -> {now}"
-        lines.append(f"  {change.slowdown:5.2f}x as slow  {problem}: {values}  {_verdict(change, threshold)}".rstrip())
-    slower = sum(change.slowdown > threshold for change in changes)
-    lines.append(f"{len(changes)} compared, {slower} more than {threshold:g} times as slow")
+        verdict = change.verdict(threshold) + (f": {row.note}" if change.now is None else "")
+        lines.append(f"  {change.slowdown:5.2f}x as slow  {problem}: {values}  {verdict}".rstrip())
+    failed = sum(change.failed(threshold) for change in changes)
+    unclear = sum(change.verdict(threshold) == UNCLEAR for change in changes)
+    lines.append(f"{len(changes)} compared, {failed} more than {threshold:g} times as slow, {unclear} unclear")
     return "\n".join(lines)
-
-
-def _verdict(change: Change, threshold: float) -> str:
-    if change.now is None:
-        return f"{change.row.status.upper()}: {change.row.note}"
-    if change.slowdown <= threshold:
-        return ""
-    return "SLOWER (the spreads overlap)" if change.within else "SLOWER"
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def main(config: GuardConfig) -> int:
     old, new = load(config.old), load(config.new)
     changes = compare(old, new)
     print(told(changes, config.threshold, old, new))
-    return int(not changes or any(change.slowdown > config.threshold for change in changes))
+    return int(not changes or any(change.failed(config.threshold) for change in changes))
 
 
 if __name__ == "__main__":

@@ -118,4 +118,4 @@ def _guard(results: Results, path: Path, old: Results, threshold: float, runner:
         results.save(path)
         changes = guard.compare(old, results)
     print(guard.told(changes, threshold, old, results))
-    return int(any(change.slowdown > threshold for change in changes))
+    return int(any(change.failed(threshold) for change in changes))

@@ -23,7 +23,16 @@ def test_a_lower_share_of_the_floor_fails_whatever_the_seconds(tmp_path, capsys)
     assert compared(tmp_path, results(row(64, 1.0, of_floor=0.8)), results(row(64, 0.5, of_floor=0.64))) == 1
     printed = capsys.readouterr().out
     assert "1.25x as slow  clip N=64" in printed and "share of the floor 0.800 -> 0.640" in printed
-    assert "1 compared, 1 more than 1.15 times as slow" in printed
+    assert "SLOWER" in printed and "1 compared, 1 more than 1.15 times as slow, 0 unclear" in printed
+
+
+def test_spreads_that_overlap_leave_it_unclear(tmp_path, capsys):
+    def noisy(median: float):
+        return {"median": median, "low": 0.4, "high": 0.9, "runs": [0.4, median, 0.9]}
+
+    old, new = (results(row(64, 1.0, share=noisy(value))) for value in (0.8, 0.5))
+    assert compared(tmp_path, old, new) == 0
+    assert "UNCLEAR: the spreads overlap" in capsys.readouterr().out
 
 
 def test_a_change_below_the_threshold_passes(tmp_path):
@@ -105,7 +114,7 @@ def test_against_measures_what_seems_slower_again_before_it_fails(quick_bench, t
     code, _ = quick_bench("b.json", against=faster)
     printed = capsys.readouterr().out
     assert code == 1 and "1 seem slower; measuring these again." in printed and "SLOWER" in printed
-    slower = json.loads(faster.read_text().replace('"median"', '"median"'))
+    slower = json.loads(faster.read_text())
     for known in slower["rows"]:
         known["share"]["median"] /= 1e6
     faster.write_text(json.dumps(slower))
