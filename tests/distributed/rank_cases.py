@@ -84,6 +84,16 @@ def pairs_step(rank, group, loss: str, mode: str, sizes, x, y, numbers: dict[str
     return got, stats and vars(stats)
 
 
+def only(rank, group, loss: str, mode: str, sizes, x, y, wanted: str) -> Tensor:
+    """The gradient of one of "x", "y" and "scale" where nothing else wants one."""
+    own = rows(sizes, rank)
+    inputs = {"x": x[own].clone(), "y": y[own].clone(), "scale": torch.tensor(8.0, dtype=x.dtype)}
+    inputs[wanted].requires_grad_()
+    getattr(fastclip, loss)(*inputs.values(), group=Sharded(group, mode)).backward()
+    assert all((tensor.grad is not None) == (name == wanted) for name, tensor in inputs.items())
+    return inputs[wanted].grad
+
+
 def pairs_steps(rank, group, cases: list[tuple]):
     return [pairs_step(rank, group, *case) for case in cases]
 

@@ -62,7 +62,7 @@ def test_siglip_and_info_nce_too(pool):
 def doomed(rank: int, store: str, mode: str, when: str) -> None:
     """Three ranks train; rank 1 stops in its third step. A fresh process: it ends as a training process would."""
     torch.set_num_threads(1)
-    wait = datetime.timedelta(seconds=5)
+    wait = datetime.timedelta(seconds=3)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3, timeout=wait)
     x = torch.randn(4, 3, requires_grad=True)
     for step in range(3):

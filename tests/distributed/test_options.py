@@ -6,7 +6,7 @@ gradient of a rank's own rows is 1/W of what it holds, and a number's is the mea
 
 import pytest
 import torch
-from rank_cases import compiled_step, pairs_steps
+from rank_cases import compiled_step, only, pairs_steps
 
 import fastclip
 
@@ -155,3 +155,37 @@ def test_distill_loss_does_not_go_round_a_ring(pool):
 def test_torch_compile_runs_it(pool, mode):
     for eager, compiled in pool.run(compiled_step, mode, world=2):
         torch.testing.assert_close(compiled, eager, rtol=0.0, atol=0.0)
+
+
+@modes
+@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+def test_twice_gives_the_same_bits(pool, loss, mode):
+    case = (loss, mode, (X_SIZES, X_SIZES), X.float(), Y[:N].float(), {"scale": 8.0}, {"ids": PAIR_IDS})
+    first, second = (pool.run(pairs_steps, [case], world=3) for _ in range(2))
+    for (a, _), (b, _) in zip((steps[0] for steps in first), (steps[0] for steps in second), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@modes
+@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+def test_a_nan_on_one_rank_reaches_every_rank(pool, loss, mode):
+    """As in one process: the value is NaN, and so is every gradient that the NaN touches."""
+    x = X.clone()
+    x[7, 2] = torch.nan  # the third rank's
+    ranks = pool.run(pairs_steps, [(loss, mode, (X_SIZES, X_SIZES), x, Y[:N], {"scale": 8.0}, {})], world=3)
+    leaf, y = x.clone().requires_grad_(), Y[:N].clone().requires_grad_()
+    getattr(fastclip, loss)(leaf, y, 8.0).backward()
+    got = [steps[0][0] for steps in ranks]
+    assert all(share["value"].isnan() for share in got)
+    assert torch.equal(torch.cat([share["x"] for share in got]).isnan(), leaf.grad.isnan())
+    assert torch.equal(torch.cat([share["y"] for share in got]).isnan(), y.grad.isnan())
+
+
+@modes
+@pytest.mark.parametrize("wanted", ["x", "y", "scale"])
+@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+def test_a_gradient_for_one_input_alone(pool, loss, wanted, mode):
+    """As with a locked tower: no rank sends or waits for what nobody wants."""
+    shares = pool.run(only, loss, mode, X_SIZES, X, Y[:N], wanted, world=3)
+    want, _ = in_one_process(loss, Y[:N], {"scale": 8.0}, {})
+    assert_same(joined([{wanted: share} for share in shares]), {wanted: want[wanted]}, wanted)
