@@ -110,7 +110,8 @@ class TrainStep:
         state, limit = self.state, self.config.optimizer.skips
         state.skipped += skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped else 0
-        if state.skipped_in_a_row > limit:
+        # While the loss scale of fp16 can still fall, an overflow is its business.
+        if state.skipped_in_a_row > limit and (not math.isfinite(loss) or state.scaler.get_scale() <= 1.0):
             what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
             raise UserError(
                 f"{what} at step {state.step} (logit scale {state.model.logit_scale.item():.1f}), "
