@@ -13,7 +13,7 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "fastclip", "rank_cases"])
-TIMEOUT = datetime.timedelta(seconds=20)  # what a rank waits for another
+TIMEOUT = datetime.timedelta(seconds=90)  # what a rank waits for another; on a busy machine some are slow
 
 
 class Pool:
@@ -31,7 +31,7 @@ class Pool:
             self.processes.append(process)
             self.pipes.append(here)
 
-    def run(self, function: Callable, *args: object, world: int | str | None = None, seconds: float = 120.0) -> list:
+    def run(self, function: Callable, *args: object, world: int | str | None = None, seconds: float = 240.0) -> list:
         """function(rank, group, *args) on the first `world` ranks, or those of the group "odd": what each returns.
 
         Raises RuntimeError with the tracebacks where it raised.
