@@ -15,8 +15,9 @@ from fastclip.benchmarks import machine
 from fastclip.benchmarks.case import Problem, Truth, errors
 from fastclip.benchmarks.cases import CASES
 
-# torch.compile's own imports, and sentence-transformers', warn
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+# torch.compile's own imports and sentence-transformers' warn; webdataset leaves its file open.
+IGNORED = ("DeprecationWarning", "FutureWarning", "ResourceWarning", "pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(*(f"ignore::{kind}" for kind in IGNORED))
 
 
 def test_case(benchmark, request, problem: Problem, peer_name: str) -> None:
