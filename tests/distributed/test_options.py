@@ -12,7 +12,7 @@ import fastclip
 
 X_SIZES, Y_SIZES = (5, 1, 6), (5, 3, 9)  # a rank with one pair; more keys than queries where a loss allows it
 N, M, D = sum(X_SIZES), sum(Y_SIZES), 6
-SCALES = (0.0, 8.0, -20.0, 300.0)
+SCALES = (0.0, 8.0, -20.0, 300.0, 1e4)
 LIMIT = 2e-13  # relative to the largest entry, or to 0.01 where all of them cancel; sums of fewer than 20 terms
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -90,11 +90,11 @@ def in_one_process(loss: str, y, numbers: dict, options: dict) -> tuple[dict, di
     return want, stats and vars(stats)
 
 
-def assert_same(got: dict, want: dict, what: str) -> None:
+def assert_same(got: dict, want: dict, what: str, limit: float = LIMIT) -> None:
     assert got.keys() == want.keys()
     for name, expected in want.items():
         far = (got[name] - expected).abs().max() / expected.abs().max().clamp_min(0.01)
-        assert far < LIMIT, f"{what}, {name}: {far:.1e}"
+        assert far < limit, f"{what}, {name}: {far:.1e}"
 
 
 def check(pool, loss: str, sizes, y, options: dict, mode: str, bias: bool = False) -> None:
@@ -105,13 +105,16 @@ def check(pool, loss: str, sizes, y, options: dict, mode: str, bias: bool = Fals
     ranks = pool.run(pairs_steps, cases, world=len(sizes))
     for number, shares in zip(numbers, zip(*ranks, strict=True), strict=True):
         want, stats = in_one_process(loss, y, number, options)
-        assert_same(joined([got for got, _ in shares]), want, str(number))
+        limit = LIMIT * max(
+            1.0, number["scale"] / 100.0
+        )  # a logit near 1e4 is known to 1e4 units in the last place of 1
+        assert_same(joined([got for got, _ in shares]), want, str(number), limit)
         if stats:
             lists = ("image_lse", "text_lse", "losses")
             got = {
                 name: torch.cat([s[name] for _, s in shares]) if name in lists else shares[0][1][name] for name in stats
             }
-            assert_same(got, stats, str(number))
+            assert_same(got, stats, str(number), limit)
 
 
 modes = pytest.mark.parametrize("mode", ["gather", "ring"])
