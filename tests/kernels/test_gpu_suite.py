@@ -53,9 +53,8 @@ def test_tuning_refuses_unknown_names():
         TuneConfig(kernels=("fast",))
 
 
-def test_the_largest_batch_is_measured_before_the_other_widths(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--sizes", "4096", "8192"])
-    problems = gpu._problems(gpu._arguments())
+def test_the_largest_batch_is_measured_before_the_other_widths():
+    problems = gpu._problems(gpu._arguments(["--sizes", "4096", "8192"]))
     assert [p["n"] for p in problems[:5]] == [4096, 4096, 8192, 8192, gpu.LARGEST]
     assert {p["d"] for p in problems} == {256, 512, 768, 1024}
 
