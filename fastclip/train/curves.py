@@ -38,7 +38,7 @@ def draw_curves(
     lines = top.plot(steps, losses, color=ACCENT, label="loss", **marker)
     at, held_out = curve(records, "held_out_loss")
     if at:
-        pairs = curve(records, "held_out_pairs")[1][-1]
+        pairs = max(curve(records, "held_out_pairs")[1])
         few = {"marker": "o", "markersize": 3, "linestyle": "--"}
         lines += top.plot(at, held_out, color=ACCENT, label=f"loss, {pairs:,} held-out pairs", **few)
     for name, label, style in RIGHT:

@@ -32,15 +32,23 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def fork(tmp_path_factory):
-    """fork(config) runs `fastclip train` in a process of its own that has all imports behind it, one thread each."""
+    """fork(config) runs `fastclip train` in a process of its own that has all imports behind it.
+
+    What it says is in the file `process.said`. Processes that a failed test leaves are killed.
+    """
+    started = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastclip.cli", "fastclip.train.trainer", "fastclip.data.tables", "pyarrow.csv"])
 
-    def begin(config):
+    def begin(config, main=main_quietly):
         folder = tmp_path_factory.mktemp("fork")
-        process = context.Process(target=main_quietly, args=(config, folder))
+        process = context.Process(target=main, args=(config, folder))
         process.start()
         process.said = folder / "said.txt"
+        started.append(process)
         return process
 
-    return begin
+    yield begin
+    for process in started:
+        process.kill()
+        process.join()

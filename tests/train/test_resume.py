@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from cases import run_python
-from tiny import assert_same, command, run, weights
+from tiny import assert_same, main_on_a_full_disk, run, weights
 
 from fastclip import clip
 from fastclip.errors import UserError
@@ -56,9 +55,22 @@ def picked(line, names):
     return {name: value for name, value in json.loads(line).items() if name in names}
 
 
-def test_checkpoint_says_what_it_holds_and_has_no_pickle_in_it(tiny, tmp_path):
-    run(tiny(tmp_path))
-    folder = tmp_path / "checkpoints" / "step-00000012"
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of a run with checkpoints of steps 4, 8 and 12."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny(folder, checkpoint={"every": 4, "keep": 3}))
+    return folder
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_checkpoint_says_what_it_holds_and_has_no_pickle_in_it(finished):
+    folder = finished / "checkpoints" / "step-00000012"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert manifest["files"].keys() == files >= {"model.safetensors", "state.safetensors", "process-0.pt"}
@@ -68,7 +80,7 @@ def test_checkpoint_says_what_it_holds_and_has_no_pickle_in_it(tiny, tmp_path):
     own = torch.load(folder / "process-0.pt", weights_only=True)
     assert own.keys() == {"random", "loader"}
     # A checkpoint is a model folder, and the run's folder holds the same model in the end.
-    assert_same(weights(tmp_path), clip.load(folder).state_dict())
+    assert_same(weights(finished), clip.load(folder).state_dict())
 
 
 def test_only_the_newest_are_kept_and_half_ones_go(tiny, tmp_path):
@@ -85,21 +97,28 @@ def test_only_the_newest_are_kept_and_half_ones_go(tiny, tmp_path):
         (lambda folder: (folder / "process-0.pt").unlink(), "process-0.pt is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": 0, "files": {}}'), "format 0"),
     ],
-    ids=["truncated", "flipped bit", "missing file", "missing manifest", "bad manifest"],
+    ids=["truncated", "flipped bit", "missing file", "missing manifest", "bad manifest", "other format"],
 )
-def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, tmp_path, capsys, damage, reason):
-    want = run(tiny(tmp_path))
-    damage(tmp_path / "checkpoints" / "step-00000012")
-    assert_same(run(tiny(tmp_path, resume="latest")), want)
-    said = capsys.readouterr().out
-    assert "warning" in said and reason in said and "Resumed from" in said and "step-00000008" in said
-    # It has been written anew. Asked for by name a damaged one is an error.
-    folder = tmp_path / "checkpoints" / "step-00000012"
-    checkpoint.verify(folder)
-    damage(folder)
-    with pytest.raises(UserError, match=reason):
-        train(tiny(tmp_path, resume=str(folder)))
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, copy, damage, reason):
+    last = copy / "checkpoints" / "step-00000012"
+    damage(last)
+    said = []
+    assert checkpoint.newest(copy, said.append) == copy / "checkpoints" / "step-00000008"
+    (line,) = said
+    assert line.startswith(f"warning: checkpoint {last}") and reason in line
+    # Asked for by name it is an error.
+    with pytest.raises(checkpoint.CheckpointError, match=reason):
+        train(tiny(copy, resume=str(last)))
+
+
+def test_damaged_checkpoint_is_written_anew(tiny, copy, finished):
+    last = copy / "checkpoints" / "step-00000012"
+    flip_a_bit(last / "model.safetensors")
+    assert_same(run(tiny(copy, resume="latest")), weights(finished))
+    checkpoint.verify(last)
+    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
 
 
 def truncate(path, size):
@@ -112,63 +131,46 @@ def flip_a_bit(path):
     path.write_bytes(data)
 
 
-def test_no_sound_checkpoint_at_all_is_an_error_not_a_new_run(tiny, tmp_path):
-    run(tiny(tmp_path))
-    for folder in (tmp_path / "checkpoints").iterdir():
+def test_no_sound_checkpoint_at_all_is_an_error_not_a_new_run(tiny, copy):
+    for folder in (copy / "checkpoints").iterdir():
         truncate(folder / "model.safetensors", 10)
-    with pytest.raises(UserError, match=r"no sound checkpoint in .*: all 2 are damaged"):
-        train(tiny(tmp_path, resume="latest"))
+    with pytest.raises(UserError, match=r"no sound checkpoint in .*: all 3 are damaged"):
+        train(tiny(copy, resume="latest"))
 
 
-def test_checkpoint_of_another_model_or_optimiser_is_refused(tiny, tmp_path):
-    run(tiny(tmp_path / "run"))
-    folder = str(tmp_path / "run" / "checkpoints" / "step-00000012")
+def test_checkpoint_of_another_model_or_optimiser_is_refused(tiny, finished, tmp_path):
+    folder = str(finished / "checkpoints" / "step-00000012")
     with pytest.raises(UserError, match="belongs to another model or optimiser: it has no ema"):
         train(tiny(tmp_path / "b", resume=folder, optimizer={"ema": 0.5}))
-    other = {"start_from": None, "name": "glyph-conv"}
     with pytest.raises(UserError, match="belongs to another model"):
-        train(tiny(tmp_path / "c", resume=folder, model=other))
+        train(tiny(tmp_path / "c", resume=folder, model={"start_from": None, "name": "glyph-conv"}))
 
 
-def test_a_run_is_not_overwritten(tiny, tmp_path):
-    run(tiny(tmp_path))
+def test_a_run_is_not_overwritten(tiny, copy):
+    before = sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*") if path.is_file())
     with pytest.raises(UserError, match="holds a run: --resume latest"):
-        train(tiny(tmp_path))
+        train(tiny(copy))
+    assert sorted((path, path.stat().st_mtime_ns) for path in copy.rglob("*") if path.is_file()) == before
 
 
-def test_latest_begins_where_there_is_no_checkpoint(tiny, tmp_path, capsys):
-    want = run(tiny(tmp_path / "a"))
-    assert_same(run(tiny(tmp_path / "b", resume="latest")), want)
+def test_latest_begins_where_there_is_no_checkpoint(tiny, finished, tmp_path, capsys):
+    assert_same(run(tiny(tmp_path, resume="latest")), weights(finished))
     assert "No checkpoint in" in capsys.readouterr().out
 
 
-def test_changed_settings_are_named(tiny, tmp_path, capsys):
-    run(tiny(tmp_path))
-    run(tiny(tmp_path, resume="latest", schedule={"steps": 14}, optimizer={"learning_rate": 0.5}))
+def test_changed_settings_are_named(tiny, copy, capsys):
+    run(tiny(copy, resume="latest", schedule={"steps": 14}, optimizer={"learning_rate": 0.5}))
     said = capsys.readouterr().out
     assert "optimizer.learning_rate 0.01 -> 0.5; schedule.steps 12 -> 14" in said
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-2:] == [13, 14]
+    assert [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()] == [*range(1, 15)]
 
 
-def test_full_disk_is_one_message_and_leaves_the_earlier_ones(tiny, tmp_path):
-    config = tiny(tmp_path, checkpoint={"every": 1, "keep": 20})
-    code = f"""
-import resource, signal, sys
-from fastclip.train import checkpoint
-before = checkpoint.save_state
-def save_state(folder, state, world):
-    if state.step == 3:
-        # No file may grow beyond this any more, as on a full disk.
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-    before(folder, state, world)
-checkpoint.save_state = save_state
-sys.argv = {["fastclip", *command(config, tmp_path)[3:]]}
-from fastclip.cli import main
-main()
-"""
-    done = run_python(code, OMP_NUM_THREADS="1")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "cannot write a checkpoint into" in done.stderr and "File too large" in done.stderr
+def test_full_disk_is_one_message_and_leaves_the_earlier_ones(tiny, tmp_path, fork):
+    pytest.importorskip("resource")
+    process = fork(tiny(tmp_path, checkpoint={"every": 1, "keep": 20}), main_on_a_full_disk)
+    process.join(60)
+    said = process.said.read_text()
+    assert process.exitcode == 1 and "Traceback" not in said
+    assert "fastclip: cannot write a checkpoint into" in said and "File too large" in said
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-00000001", "step-00000002"}
     checkpoint.verify(tmp_path / "checkpoints" / "step-00000002")

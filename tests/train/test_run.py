@@ -1,18 +1,19 @@
 """A whole run: what it writes, measures and refuses."""
 
+import io
 import json
 import math
 import os
-import struct
-import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PAIRS, assert_same, command, run, weights
+from tiny import PAIRS, assert_same, run, weights
 
 from fastclip import clip, clip_loss, recall_at_k, retrieval_ranks
 from fastclip.clip.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ from fastclip.train import step as step_module
 from fastclip.train.config import ModelConfig
 from fastclip.train.curves import draw_curves
 from fastclip.train.flops import training_flops
+from fastclip.train.progress import Progress
 from fastclip.train.trainer import train
 
 
@@ -117,6 +119,34 @@ def test_a_package_that_is_missing_is_named(tiny, tmp_path):
         train(tiny(tmp_path, log={"wandb": "project"}))
 
 
+def test_wandb_gets_the_same_records(tiny, tmp_path, monkeypatch):
+    class Run:
+        logged, finished = [], 0
+
+        def log(self, record, step):
+            assert step == record["step"]
+            self.logged.append(record)
+
+        def finish(self):
+            Run.finished += 1
+
+    begun = []
+    module = SimpleNamespace(init=lambda **settings: begun.append(settings) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    run(tiny(tmp_path, log={"wandb": "project"}))
+    assert begun[0]["project"] == "project" and begun[0]["dir"] == tmp_path and Run.finished == 1
+    assert Run.logged == records(tmp_path)
+
+
+@pytest.mark.skipif(os.environ.get("FASTCLIP_SLOW") != "1", reason="compiles for a minute; FASTCLIP_SLOW=1")
+def test_compiled_towers_learn_the_same(tiny, tmp_path):
+    changes = {"schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-2, "eps": 1e-3}}
+    want = run(tiny(tmp_path / "eager", **changes))
+    got = run(tiny(tmp_path / "compiled", precision={"compile": True}, **changes))
+    for name, tensor in want.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
+
+
 def test_mfu_counts_the_models_operations(tiny, tmp_path):
     config = tiny(tmp_path, batch=10)
     model = clip.load(config.model.start_from)
@@ -133,7 +163,7 @@ def test_mfu_counts_the_models_operations(tiny, tmp_path):
 
 def test_curves_with_gaps_and_evaluations(tmp_path):
     some = [{"step": i, "loss": None if i == 3 else 5.0 - i / 10, "scale": 14.0} for i in range(1, 9)]
-    some += [{"step": 8, "held_out_loss": 4.0, "image_to_text_recall@1": 0.25}]
+    some += [{"step": 8, "held_out_loss": 4.0, "held_out_pairs": 9, "image_to_text_recall@1": 0.25}]
     draw_curves(some, 256, tmp_path / "curves.png", "8 steps")
     draw_curves([], 256, tmp_path / "none.png", "nothing")
     assert (tmp_path / "curves.png").stat().st_size > 10_000 < (tmp_path / "none.png").stat().st_size
@@ -204,24 +234,19 @@ def test_without_a_terminal_progress_is_lines(tiny, tmp_path, fork):
     assert process.exitcode == 0 and "\r" not in said and "step 12/12 loss " in said
 
 
-def test_with_a_terminal_progress_is_a_bar(tiny, tmp_path):
-    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
-    here, there = pty.openpty()
-    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    arguments = command(tiny(tmp_path), tmp_path)
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=there) as process:
-        os.close(there)
-        seen = b""
-        while True:
-            try:
-                piece = os.read(here, 4096)
-            except OSError:  # Linux: the other side is closed
-                break
-            if not piece:
-                break
-            seen += piece
-    os.close(here)
-    assert process.returncode == 0 and b"100%|" in seen and b"\r" in seen and b"step 12/12" not in seen
+def test_with_a_terminal_progress_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    with Progress(12, begin=4, stream=screen) as progress:
+        progress(5, "loss 1")
+        progress.say("a line of its own")
+        progress(12, "loss 2")
+    said = screen.getvalue()
+    assert "\r" in said and "12/12" in said and "loss 2" in said and "step 12/12" not in said
+    assert "a line of its own\n" in said
 
 
 def test_skipped_steps_are_written_as_such(tiny, tmp_path, monkeypatch):

@@ -33,6 +33,24 @@ def vit(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def launch():
+    """launch(config, folder, *options) starts `fastclip train` in two processes; what a test leaves is killed."""
+    started = []
+
+    def begin(config, folder, *options):
+        started.append(start(torchrun(command(config, folder), *options)))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            process.communicate()
+
+
 def finish(process, code=0):
     said, errors = process.communicate(timeout=180)
     assert process.returncode == code, errors[-9000:]
@@ -45,39 +63,60 @@ def close(got, want):
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
+SLOW = os.environ.get("FASTCLIP_SLOW") == "1"
 # A larger eps than the default keeps Adam from making steps of the rounding errors of gradients that are zero.
 ADAM = {"learning_rate": 1e-2, "eps": 1e-3, "ema": 0.5, "clip_norm": 0.3}
 # A rate that only rises, so that other batches after a checkpoint would show.
 STEADY = {"steps": 12, "warmup": 12.0}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"parallel": "ddp"}, {"parallel": "fsdp", "micro_batch": 3, "loss": "siglip"}],
-    ids=["ddp", "fsdp siglip micro-batch"],
-)
-def test_two_processes_train_what_one_does_and_any_number_goes_on(tiny, vit, tmp_path, changes):
-    settings = {"model": {"start_from": vit}, "optimizer": ADAM, "schedule": STEADY, "crop": (1.0, 1.0), **changes}
-    alone = {**settings, "parallel": "ddp"}
-    want = run(tiny(tmp_path / "one", **alone))
+FSDP = {"parallel": "fsdp", "micro_batch": 3, "loss": "siglip"}
 
+
+@pytest.fixture
+def settings(vit):
+    return {"model": {"start_from": vit}, "optimizer": ADAM, "schedule": STEADY, "crop": (1.0, 1.0)}
+
+
+def test_ddp_is_one_process_and_a_killed_rank_changes_nothing(tiny, settings, tmp_path, launch):
+    want = run(tiny(tmp_path / "one", **settings))
     both = tiny(tmp_path / "two", **settings)
-    said, _ = finish(start(torchrun(command(both, tmp_path))))
+    said, _ = finish(launch(both, tmp_path))
     assert said.count("Training") == 1  # the second process is quiet
     close(weights(tmp_path / "two"), want)
     close(weights(tmp_path / "two" / "ema"), weights(tmp_path / "one" / "ema"))
 
-    # From step 8 in two processes again: bit for bit. And in one, or from one in two: nearly.
+    # Evaluations change nothing, but give time to kill a process between two steps.
+    evaluation = replace(both.evaluation, every=1, source=both.data.source, batch=8)
+    often = replace(both.checkpoint, every=1)
+    killed = replace(both, out=tmp_path / "killed", evaluation=evaluation, checkpoint=often)
+    process = launch(killed, tmp_path, "--max-restarts=1")
+    wait_for_records(killed.out, process, 4)
+    workers_of(process)[1].kill()
+    said, _ = finish(process)
+    assert re.search(r"Resumed from \S+step-000000\d\d, after step \d+\.", said)
+    assert_same(weights(killed.out), weights(tmp_path / "two"))
+
+
+def test_fsdp_is_one_process_and_its_checkpoints_go_on_anywhere(tiny, settings, tmp_path, launch):
+    alone = {**settings, **FSDP, "parallel": "ddp"}
+    want = run(tiny(tmp_path / "one", **alone))
+    both = tiny(tmp_path / "two", **settings, **FSDP)
+    finish(launch(both, tmp_path))
+    close(weights(tmp_path / "two"), want)
+    close(weights(tmp_path / "two" / "ema"), weights(tmp_path / "one" / "ema"))
+
+    # From step 8: in one process nearly the same, in two again bit for bit, and from one process's in two.
     step = "checkpoints/step-00000008"
-    again = replace(both, out=tmp_path / "again", resume=str(tmp_path / "two" / step))
-    finish(start(torchrun(command(again, tmp_path))))
-    assert_same(weights(tmp_path / "again"), weights(tmp_path / "two"))
     close(run(tiny(tmp_path / "down", resume=str(tmp_path / "two" / step), **alone)), want)
-    if changes["parallel"] == "fsdp":
+    again = replace(both, out=tmp_path / "again", resume=str(tmp_path / "two" / step))
+    finish(launch(again, tmp_path))
+    assert_same(weights(again.out), weights(both.out))
+    if SLOW:
         up = replace(both, out=tmp_path / "up", resume=str(tmp_path / "one" / step))
-        said, _ = finish(start(torchrun(command(up, tmp_path))))
+        said, _ = finish(launch(up, tmp_path))
         assert "not bit for bit" in said
-        close(weights(tmp_path / "up"), want)
+        close(weights(up.out), want)
 
 
 def workers_of(launcher):
@@ -90,21 +129,10 @@ def workers_of(launcher):
     return found
 
 
-def test_killed_rank_is_recovered_by_torchrun(tiny, tmp_path):
-    settings = {"schedule": {"steps": 60}, "checkpoint": {"every": 1}, "log": {"every": 1}}
-    never = finish(start(torchrun(command(tiny(tmp_path / "never", **settings), tmp_path))))
-    assert "Resumed" not in never[0]
-    process = start(torchrun(command(tiny(tmp_path / "run", **settings), tmp_path), "--max-restarts=1"))
-    wait_for_records(tmp_path / "run", process, 5)
-    workers_of(process)[1].kill()
-    said, _ = finish(process)
-    assert re.search(r"Resumed from \S+step-000000\d\d, after step \d+\.", said)
-    assert_same(weights(tmp_path / "run"), weights(tmp_path / "never"))
-
-
-def test_a_dead_rank_without_restarts_ends_all_within_seconds(tiny, tmp_path):
-    settings = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
-    process = start(torchrun(command(tiny(tmp_path, **settings), tmp_path)))
+@pytest.mark.skipif(not SLOW, reason="tests/distributed has it for the loss; FASTCLIP_SLOW=1 for the trainer")
+def test_a_dead_rank_without_restarts_ends_all_within_seconds(tiny, tmp_path, launch):
+    long = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
+    process = launch(tiny(tmp_path, **long), tmp_path)
     wait_for_records(tmp_path, process, 2)
     workers = list(workers_of(process).values())
     workers[0].kill()
@@ -114,9 +142,9 @@ def test_a_dead_rank_without_restarts_ends_all_within_seconds(tiny, tmp_path):
     assert not any(worker.is_running() for worker in workers)
 
 
-def test_signal_to_one_process_stops_both_with_a_checkpoint(tiny, tmp_path):
-    settings = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
-    process = start(torchrun(command(tiny(tmp_path, **settings), tmp_path)))
+def test_signal_to_one_process_stops_both_with_a_checkpoint(tiny, tmp_path, launch):
+    long = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
+    process = launch(tiny(tmp_path, **long), tmp_path)
     wait_for_records(tmp_path, process, 2)
     os.kill(workers_of(process)[1].pid, signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
