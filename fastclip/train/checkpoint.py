@@ -95,8 +95,6 @@ def write(
             manifest = {"format": FORMAT, "step": state.step, "processes": world.size, "files": listed}
             save_json(growing / MANIFEST, manifest)
             flush_folder(growing)
-            if final.is_dir():  # a damaged one, that the run has been resumed before
-                os.rename(final, final.with_name(f".{final.name}-damaged"))
             os.rename(growing, final)
             flush_folder(final.parent)
             prune(run, keep)
@@ -143,6 +141,19 @@ def newest(run: Path, say: Callable[[str], None]) -> Path | None:
     if found:
         raise CheckpointError(f"no sound checkpoint in {run / FOLDER}: all {len(found)} are damaged")
     return None
+
+
+def only_up_to(run: Path, folder: Path) -> Path:
+    """`folder`, after the checkpoints of `run` that are later than it have been set aside, as superseded-step-N.
+
+    Else they would be taken for the newest, damaged or from a course that the run has left.
+    """
+    for later in sorted((run / FOLDER).glob("step-*")):
+        if later.name > folder.name:
+            aside = later.with_name(f"superseded-{later.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(later, aside)
+    return folder
 
 
 def verify(folder: Path) -> None:

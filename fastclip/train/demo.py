@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -187,7 +189,10 @@ class Distorted:
 
 
 def fit_model(model: Clip, batches: Distorted, config: TrainConfig) -> tuple[RunLog, bool]:
-    """Train with the trainer's own loop, on the CPU and without checkpoints; whether Ctrl-C ended it early."""
+    """Train with the trainer's own loop, on the CPU and without checkpoints; whether Ctrl-C ended it early.
+
+    SystemExit(143) after SIGTERM.
+    """
     with processes("cpu") as world:
         state = make_state(model, config, world)
         schedule = make_schedule(config.schedule, config.batch, None)
@@ -195,4 +200,6 @@ def fit_model(model: Clip, batches: Distorted, config: TrainConfig) -> tuple[Run
         with Progress(schedule.steps) as progress:
             log = RunLog(config, world, progress)
             stopped = fit(step, batches, config, log)
+    if stopped == signal.SIGTERM:
+        sys.exit(128 + stopped)
     return log, bool(stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,21 +26,25 @@ SIGLIP_BIAS = -10.0
 CAPTIONS_TO_LEARN_FROM = 50_000
 
 
-def make_model(config: TrainConfig, data: DataConfig) -> tuple[Clip, Tokenizer]:
-    """The model in training mode with its tokenizer, on the CPU. UserError for names and files that do not fit."""
+def make_model(config: TrainConfig, resumed: Path | None = None) -> tuple[Clip, Tokenizer]:
+    """The model in training mode with its tokenizer, on the CPU. UserError for names and files that do not fit.
+
+    `resumed`: a checkpoint whose tokenizer is taken: one learnt anew, from other data perhaps, would not be the same.
+    """
     try:
+        known = None if resumed is None else load_tokenizer(resumed)
         if config.model.start_from is not None:
             model = clip.load(config.model.start_from, name=config.model.name)
             if config.loss == "siglip" and model.logit_bias is None:
                 model.config = replace(model.config, init_bias=SIGLIP_BIAS)
                 model.logit_bias = nn.Parameter(torch.tensor(SIGLIP_BIAS))
-            return model.train(), tokenizer_of_checkpoint(config, model.config)
+            return model.train(), known or tokenizer_of_checkpoint(config, model.config)
         described = clip.model_config(
             config.model.name or "glyph-conv", init_bias=SIGLIP_BIAS if config.loss == "siglip" else None
         )
         if config.model.context is not None:
             described = replace(described, text=replace(described.text, context=config.model.context))
-        tokenizer = new_tokenizer(config, described, data)
+        tokenizer = known or new_tokenizer(config, described)
         return clip.Clip(replace(described, text=replace(described.text, vocabulary=len(tokenizer)))), tokenizer
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise UserError(str(error)) from error
@@ -55,13 +60,13 @@ def tokenizer_of_checkpoint(config: TrainConfig, described: ClipConfig) -> Token
     return tokenizer
 
 
-def new_tokenizer(config: TrainConfig, described: ClipConfig, data: DataConfig) -> Tokenizer:
+def new_tokenizer(config: TrainConfig, described: ClipConfig) -> Tokenizer:
     """CLIP's for CLIP's text towers, else one learnt from the captions; learnt too where the configuration says so."""
     context = described.text.context
     if isinstance(described.text, TextConfig):
-        return BpeTokenizer.train(captions(data), config.model.vocabulary, context)
+        return BpeTokenizer.train(captions(training_data(config)), config.model.vocabulary, context)
     if config.model.tokenizer == "learn":
-        return ClipTokenizer.train(captions(data), config.model.vocabulary, context)
+        return ClipTokenizer.train(captions(training_data(config)), config.model.vocabulary, context)
     return ClipTokenizer.load(context=context)
 
 

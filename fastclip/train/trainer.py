@@ -11,6 +11,7 @@ from fastclip.clip.model import Clip
 from fastclip.clip.tokenizer import Tokenizer
 from fastclip.data.cache import write_atomic
 from fastclip.data.loader import Loader
+from fastclip.data.report import merged_over_ranks
 from fastclip.errors import UserError
 from fastclip.train import checkpoint, parts, settings
 from fastclip.train.config import TrainConfig
@@ -42,7 +43,7 @@ def train(config: TrainConfig) -> int:
         begin_from = world.decided(lambda: claim_run(config))
 
         seed_everything(config.seed, 0)  # the same weights in every process
-        model, tokenizer = parts.make_model(config, parts.training_data(config))
+        model, tokenizer = parts.make_model(config, begin_from)
         batches = parts.training_batches(config, model, tokenizer, world)
         flops = training_flops(model, config) if config.log.peak_tflops is not None else None
         state = make_state(model, config, world)
@@ -63,6 +64,11 @@ def train(config: TrainConfig) -> int:
         ):
             step = TrainStep(state, make_encode(model, config, world), schedule, config, world)
             stopped = fit(step, batches, config, log, evaluate=evaluate, save=run.save)
+        found = merged_over_ranks(batches.report)
+        if found.counts:
+            world.say(f"Data: {found.summary()}.")
+        if found.duplicates:
+            world.say(f"Captions that came more than once in a batch: {found.duplicates:,}.")
         if stopped:
             world.say(f"Stopped by a signal after step {state.step}; --resume latest goes on from there.")
         else:
@@ -72,11 +78,11 @@ def train(config: TrainConfig) -> int:
 
 def set_up(config: TrainConfig, world: World) -> None:
     """Threads and number formats. UserError for a batch that the processes cannot share."""
-    if config.batch % world.size or config.batch // world.size < 1:
+    if config.batch % world.size:
         raise UserError(f"--batch {config.batch} cannot be shared evenly by {world.size} processes")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.precision.tf32:
+    if world.device.type == "cuda" and config.precision.tf32:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         torch.backends.cudnn.conv.fp32_precision = "tf32"
 
@@ -84,20 +90,21 @@ def set_up(config: TrainConfig, world: World) -> None:
 def claim_run(config: TrainConfig) -> Path | None:
     """The checkpoint to go on from, None to begin; makes the folder. UserError if it holds a run that would be lost."""
     claim(config.out)
-    wanted = "latest" if restarted() else config.resume
-    if wanted is None:
-        if (config.out / METRICS).exists():
-            raise UserError(
-                f"{config.out} holds a run: --resume latest goes on with it, another --out begins a new one"
-            )
-        return None
-    if wanted != "latest":
-        checkpoint.verify(Path(wanted))
-        return Path(wanted)
-    found = checkpoint.newest(config.out, say)
-    if found is None:
-        say(f"No checkpoint in {config.out} yet: beginning.")
-    return found
+    if config.resume == "latest" or restarted():
+        found = checkpoint.newest(config.out, say)
+        if found is not None:
+            return checkpoint.only_up_to(config.out, found)
+        if config.resume in (None, "latest"):
+            say(f"No checkpoint in {config.out} yet: beginning.")
+            return None
+    named = None if config.resume is None else Path(config.resume)
+    if named is not None:
+        checkpoint.verify(named)
+        if named.resolve().parent == (config.out / checkpoint.FOLDER).resolve():
+            return checkpoint.only_up_to(config.out, named)
+    if (config.out / METRICS).exists():
+        raise UserError(f"{config.out} holds a run: --resume latest goes on with it, another --out begins a new one")
+    return named
 
 
 def make_state(model: Clip, config: TrainConfig, world: World) -> TrainState:

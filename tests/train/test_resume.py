@@ -3,14 +3,16 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import assert_same, main_on_a_full_disk, run, weights
+from tiny import PAIRS, assert_same, main_on_a_full_disk, run, weights
 
 from fastclip import clip
 from fastclip.errors import UserError
-from fastclip.train import checkpoint
+from fastclip.train import checkpoint, trainer
 from fastclip.train.trainer import train
 
 
@@ -113,12 +115,51 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(tiny, copy, dam
         train(tiny(copy, resume=str(last)))
 
 
-def test_damaged_checkpoint_is_written_anew(tiny, copy, finished):
+def test_run_goes_on_before_a_damaged_checkpoint_and_sets_it_aside(tiny, copy, finished):
     last = copy / "checkpoints" / "step-00000012"
     flip_a_bit(last / "model.safetensors")
     assert_same(run(tiny(copy, resume="latest")), weights(finished))
     checkpoint.verify(last)
-    assert {path.name for path in (copy / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
+    names = {path.name for path in (copy / "checkpoints").iterdir()}
+    assert names == {"step-00000008", "step-00000012", "superseded-step-00000012"}
+
+
+def test_going_back_leaves_the_later_course(tiny, copy, finished):
+    # Its checkpoints are no longer the newest, and are not counted among those to keep.
+    first = str(copy / "checkpoints" / "step-00000004")
+    run(tiny(copy, resume=first, schedule={"steps": 6}, checkpoint={"every": 1, "keep": 1}))
+    names = {path.name for path in (copy / "checkpoints").iterdir()}
+    assert names == {"step-00000006", "superseded-step-00000008", "superseded-step-00000012"}
+    assert checkpoint.newest(copy, pytest.fail).name == "step-00000006"
+    assert [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()] == [*range(1, 7)]
+
+
+def test_another_runs_checkpoint_begins_a_new_run_only(tiny, copy, finished, tmp_path):
+    other = str(finished / "checkpoints" / "step-00000008")
+    with pytest.raises(UserError, match="holds a run"):
+        train(tiny(copy, resume=other))
+    assert_same(run(tiny(tmp_path / "new", resume=other)), weights(finished))
+
+
+def test_restart_by_torchrun_takes_the_newest(tiny, copy, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "restarted", lambda: True)
+    assert trainer.claim_run(tiny(copy)).name == "step-00000012"
+    # Killed before its first checkpoint: where it began.
+    assert trainer.claim_run(tiny(tmp_path / "new")) is None
+    first = finished / "checkpoints" / "step-00000004"
+    assert trainer.claim_run(tiny(tmp_path / "new", resume=str(first))) == first
+
+
+def test_learnt_tokenizer_stays_that_of_the_checkpoint(tiny, tmp_path):
+    made = {"start_from": None, "name": "ViT-Ti/4@32px", "tokenizer": "learn", "context": 9, "vocabulary": 560}
+    run(tiny(tmp_path / "run", model=made, schedule={"steps": 1}))
+    table = tmp_path / "other.csv"
+    table.write_text("path,caption\n" + "".join(f"{i}.png,other words {i * i}\n" for i in range(PAIRS)))
+    config = tiny(tmp_path / "run", model=made, schedule={"steps": 2}, resume="latest")
+    root = str(Path(config.data.source).parent)
+    run(replace(config, data=replace(config.data, source=str(table), root=root)))
+    names = ("run/tokenizer.json", "run/checkpoints/step-00000001/tokenizer.json")
+    assert len({(tmp_path / name).read_text() for name in names}) == 1
 
 
 def truncate(path, size):

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -138,6 +140,7 @@ def test_wandb_gets_the_same_records(tiny, tmp_path, monkeypatch):
     assert Run.logged == records(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile itself
 @pytest.mark.skipif(os.environ.get("FASTCLIP_SLOW") != "1", reason="compiles for a minute; FASTCLIP_SLOW=1")
 def test_compiled_towers_learn_the_same(tiny, tmp_path):
     changes = {"schedule": {"steps": 3}, "optimizer": {"learning_rate": 1e-2, "eps": 1e-3}}
@@ -172,6 +175,20 @@ def test_curves_with_gaps_and_evaluations(tmp_path):
 def test_data_smaller_than_a_batch_is_an_error(tiny, tmp_path):
     with pytest.raises(UserError, match=rf"the data has {PAIRS} samples, fewer than one batch of 64"):
         train(tiny(tmp_path, batch=64))
+
+
+def test_bad_samples_are_said_once_and_summed_up(tiny, tmp_path, fork):
+    config = tiny(tmp_path / "run")
+    data = shutil.copytree(Path(config.data.source).parent, tmp_path / "data")
+    (data / "7.png").write_bytes(b"no picture")
+    config = replace(config, data=replace(config.data, source=str(data / "pairs.csv")))
+    process = fork(config)
+    process.join(60)
+    said = process.said.read_text()
+    assert process.exitcode == 0, said
+    assert len(re.findall(r"^warning: .*7\.png", said, re.MULTILINE)) == 1 and "UserWarning" not in said
+    # Twelve batches of 8: two passes over the forty pairs, and the third begun.
+    assert re.search(r"^Data: .* [23] \(.*7\.png", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
