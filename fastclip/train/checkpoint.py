@@ -14,7 +14,9 @@ moment leaves the previous ones as they were. All processes share the file syste
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import warnings
@@ -27,14 +29,24 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.tensor import DTensor
 
-from fastclip.clip.sources import WEIGHTS
+from fastclip import clip
+from fastclip.clip.config import ClipConfig
+from fastclip.clip.model import Clip
+from fastclip.clip.sources import CONFIG
+from fastclip.clip.tokenizer import FILE as TOKENIZER
+from fastclip.clip.tokenizer import Tokenizer, load_tokenizer
+from fastclip.data.cache import write_atomic
 from fastclip.errors import UserError
-from fastclip.evaluate.files import save_json
-from fastclip.train.files import contiguous, digest, flush_folder, load_json, save_weights, seal
 from fastclip.train.parallel import World
 from fastclip.train.state import TrainState, random_state, set_random_state
 
-FOLDER, MANIFEST, COUNTERS, STATE = "checkpoints", "manifest.json", "counters.json", "state.safetensors"
+FOLDER, MANIFEST, COUNTERS, WEIGHTS, STATE = (
+    "checkpoints",
+    "manifest.json",
+    "counters.json",
+    "model.safetensors",
+    "state.safetensors",
+)
 FORMAT = 1
 
 
@@ -166,13 +178,19 @@ def verify(folder: Path) -> None:
 
 def save_state(folder: Path, state: TrainState, world: World) -> None:
     """The tensors: one file a process where they are sharded, else two files by the first process."""
-    weights, moments = state.weights(), state.moments()
+    weights, moments = contiguous(state.weights()), contiguous(state.moments())
     if any(isinstance(tensor, DTensor) for tensor in weights.values()):
         writer = sharded.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        sharded.save(contiguous({**weights, **moments}), storage_writer=writer)
+        sharded.save({**weights, **moments}, storage_writer=writer)
     elif world.first:
-        save_weights(folder / WEIGHTS, weights)
-        save_weights(folder / STATE, moments)
+        from safetensors.torch import save_file
+
+        save_file(weights, folder / WEIGHTS, {"format": "pt"})
+        save_file(moments, folder / STATE)
+
+
+def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def check_names(folder: Path, tensors: dict[str, torch.Tensor], stored: sharded.HuggingFaceStorageReader) -> None:
@@ -203,14 +221,88 @@ def prune(run: Path, keep: int) -> None:
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """What the libraries raise when a disk is full or not writable becomes a UserError, and the half folder goes."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, sharded.CheckpointException) as error:
+    except (OSError, SafetensorError, sharded.CheckpointException) as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         raise UserError(f"cannot write a checkpoint into {folder.parent}: {reason}; earlier ones are whole") from error
 
 
+def seal(path: Path) -> dict[str, int | str]:
+    """Flush a file to the disk; its entry in the manifest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, a piece at a time."""
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            total.update(piece)
+    return total.hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Make a folder's new and renamed entries durable (POSIX; elsewhere folders cannot be opened)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def stored_settings(folder: Path) -> dict[str, Any]:
     """The configuration of the run that wrote the checkpoint."""
     return load_json(folder / COUNTERS)["config"]
+
+
+def describe_model(folder: Path, config: ClipConfig, tokenizer: Tokenizer) -> None:
+    """config.json and tokenizer.json, each all or nothing."""
+    save_json(folder / CONFIG, config.to_dict())
+    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.to_json().encode()))
+
+
+def save_model_folder(folder: Path, config: ClipConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:
+    """A model folder: configuration, tokenizer and, last, the weights, each all or nothing."""
+    from safetensors.torch import save
+
+    data = save(contiguous(weights), {"format": "pt"})
+    describe_model(folder, config, tokenizer)
+    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
+
+
+def save_json(path: Path, values: object) -> None:
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def load_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    from safetensors.torch import save
+
+    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
+    write_atomic(path, lambda file: file.write(data))
+
+
+def load_model(folder: Path) -> tuple[Clip, Tokenizer]:
+    """The model in evaluation mode, and its tokenizer. UserError when there is none, or it cannot be read."""
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(
+            f"no checkpoint in {folder}: {WEIGHTS} is missing; make one with `fastclip demo --out {folder}`"
+        )
+    try:
+        model = clip.load(folder)
+        return model, load_tokenizer(folder, model.config.text.context)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the checkpoint in {folder} cannot be read: {reason}") from error

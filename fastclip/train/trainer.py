@@ -17,7 +17,6 @@ from fastclip.train import checkpoint, parts, settings
 from fastclip.train.config import TrainConfig
 from fastclip.train.curves import draw_curves
 from fastclip.train.evaluate_hook import make_evaluation
-from fastclip.train.files import describe_model, save_model_folder
 from fastclip.train.flops import training_flops
 from fastclip.train.log import METRICS, RunLog, warnings_said
 from fastclip.train.loop import fit
@@ -152,7 +151,7 @@ class Run:
 
     def describe(self, folder: Path) -> None:
         """What makes the folder of weights a model folder."""
-        describe_model(folder, self.state.model.config, self.tokenizer)
+        checkpoint.describe_model(folder, self.state.model.config, self.tokenizer)
 
     def finish(self, log: RunLog) -> None:
         """The trained model, its averaged weights and the curves."""
@@ -161,9 +160,9 @@ class Run:
         averages = self.state.average.weights if self.state.average else {}
         averaged = {name: full_tensor(tensor) for name, tensor in averages.items()}
         if self.world.first:
-            save_model_folder(out, model.config, self.tokenizer, weights)
+            checkpoint.save_model_folder(out, model.config, self.tokenizer, weights)
             if averaged:
-                save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
+                checkpoint.save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
             name = self.config.model.name or self.config.model.start_from or "glyph-conv"
             chance = None if self.config.loss == "clip" else math.nan
             title = f"{name}: {self.state.step:,} steps"

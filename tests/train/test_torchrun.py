@@ -12,7 +12,7 @@ from tiny import assert_same, command, run, start, torchrun, wait_for_records, w
 
 from fastclip.clip import CausalTextConfig, Clip, VitConfig
 from fastclip.clip.tokenizer import ClipTokenizer
-from fastclip.train.files import save_model_folder
+from fastclip.train.checkpoint import save_model_folder
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 

@@ -17,6 +17,7 @@ from fastclip.clip import Clip, ClipConfig, ConvConfig, TextConfig
 from fastclip.clip.tokenizer import BpeTokenizer
 from fastclip.data.config import DataConfig
 from fastclip.train import settings
+from fastclip.train.checkpoint import save_model_folder
 from fastclip.train.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -27,7 +28,6 @@ from fastclip.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from fastclip.train.files import save_model_folder
 from fastclip.train.trainer import train
 
 PAIRS = 40  # five batches of 8 an epoch: twelve steps begin the third epoch
