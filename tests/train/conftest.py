@@ -1,7 +1,6 @@
 """Fixtures of the trainer's tests."""
 
 import multiprocessing
-import socket
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
 
-from tiny import as_torchrun, main_quietly, make_data, make_start, tiny_config
+from tiny import main_quietly, make_data, make_start, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -35,16 +34,15 @@ def one_thread():
 def fork(tmp_path_factory):
     """fork(config) runs `fastclip train` in a process of its own that has all imports behind it.
 
-    What it says is in the file `process.said`. Further arguments: its environment. Processes that a failed test leaves
-    are killed.
+    What it says is in the file `process.said`. Processes that a failed test leaves are killed.
     """
     started = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastclip.cli", "fastclip.train.trainer", "fastclip.data.tables", "pyarrow.csv"])
 
-    def begin(config, main=main_quietly, **environment):
+    def begin(config, main=main_quietly):
         folder = tmp_path_factory.mktemp("fork")
-        process = context.Process(target=main, args=(config, folder), kwargs=environment)
+        process = context.Process(target=main, args=(config, folder))
         process.start()
         process.said = folder / "said.txt"
         started.append(process)
@@ -54,16 +52,3 @@ def fork(tmp_path_factory):
     for process in started:
         process.kill()
         process.join()
-
-
-@pytest.fixture
-def fork_two(fork):
-    """fork_two(config) runs it in two such processes that train together, as if torchrun had started them."""
-
-    def begin(config):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        return [fork(config, **as_torchrun(rank, 2, port)) for rank in range(2)]
-
-    return begin
