@@ -27,8 +27,7 @@ def distill_loss(
 
     Equals `-(T.softmax(1) * S.log_softmax(1)).sum(1).mean() / 2` plus the same with T.T and S.T, where S and T are the
     student's and the teacher's logits (OpenCLIP's DistillClipLoss; Wu et al. 2023). Exact gradients for the student's
-    features [N, D] and scale; the teacher's features [N, E] and scale are constants. group: as in clip_loss, in mode
-    "gather" only.
+    features [N, D] and scale; the teacher's features [N, E] and scale are constants. group: as in clip_loss.
 
     Returns the loss, 0-d, float32 (float64 for float64 features). Raises as clip_loss.
     """

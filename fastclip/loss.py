@@ -118,7 +118,9 @@ def info_nce(
         key_negatives: the other keys join the positive key's negatives: in the column's softmax with symmetric=True,
             else in the query's own. With both and symmetric=True this is NT-Xent (Chen et al. 2020).
         ids [N], key_ids [M]: as clip_loss's ids, for queries and keys; both or neither. Apply to query-key pairs.
-        group: as in clip_loss; each rank passes its own queries and at least as many keys, and labels must be None.
+        group: as in clip_loss; each rank passes its own queries and keys. labels then count the keys of all ranks in
+            order, [0, M) with M their number: key j of rank r is label m_0 + ... + m_(r-1) + j for rank sizes m. None:
+            query i belongs to key i of its own rank, which has at least as many keys.
         The other arguments are clip_loss's.
 
     Returns and raises as clip_loss; LossStats' "image" is the query, "text" its positive key.
@@ -129,7 +131,9 @@ def info_nce(
         x, y = checks.features(query, key, "query", "key", paired=False)
         multiplier = checks.scalar(scale, "scale", x)
         query_weight = checks.sample_weight(weight, len(x), x)
-        columns = None if labels is None else checks.indices(labels, "labels", len(x), len(y), x)
+        columns = None if labels is None else checks.integers(labels, "labels", len(x), x)
+        if labels is not None and group is None:  # over ranks: once all keys are counted
+            columns = checks.indices(labels, "labels", len(x), len(y), x)
         if labels is None and len(y) < len(x):
             raise ValueError(f"without labels key must hold at least N = {len(x)} rows, got {len(y)}")
         if (ids is None) != (key_ids is None):

@@ -75,7 +75,7 @@ def gaps(
         col_sum, col_shift = col_sum[at], col_shift[at]
     row_gap, col_gap = _Gaps.apply(row_sum, row_shift, col_sum, col_shift, pos)
     if positive is not None:
-        col_gap = log_add(col_gap, _sharing_a_key(score, positive, len(y), mask) - pos)
+        col_gap = log_add(col_gap, sharing_a_key(score, positive, len(y), mask) - pos)
     return Gaps(row_gap, col_gap, pos)
 
 
@@ -233,7 +233,7 @@ class _ScaleGradient(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).to(grad.dtype), None
 
 
-def _sharing_a_key(score: Tensor, positive: Tensor, keys: int, mask: ops.Mask) -> Tensor:
+def sharing_a_key(score: Tensor, positive: Tensor, keys: int, mask: ops.Mask) -> Tensor:
     """[N]: log-sum of the other queries' scores [N] for the same positive key, -inf where there is none.
 
     They are negatives in the key's column, which the operator leaves out with all positives. In float64, because each

@@ -4,7 +4,8 @@
     loss = clip_loss(image_features, text_features, logit_scale, group=Sharded(mode="ring"))
 
 shards.py: what the ranks tell each other first. exchange.py: messages with their gradients. sums.py: the one quadratic
-operator, over all ranks, ring.py how keys go round. softmax.py, sigmoid.py and distill.py: the losses around it.
+operator, over all ranks, ring.py how keys go round. positives.py: whose key is whose. gaps.py: what the softmax losses
+are made of. softmax.py, sigmoid.py and distill.py: the losses around it.
 """
 
 from fastclip.distributed.distill import distill_loss

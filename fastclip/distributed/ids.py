@@ -1,4 +1,4 @@
-"""Means over the rows that share an id, wherever they are: for several positives per pair (math.md, eq. 12).
+"""Rows of other ranks: the mean of those that share an id (math.md, eq. 12), or the one row of a column.
 
 Legend: rows [m_r, D] of this rank's keys, with ids [m_r]; wanted ids [n_r] of its queries; G ids that are needed.
 """
@@ -25,23 +25,32 @@ def gather_ids(ids: Tensor | None, sizes: tuple[int, ...], shards: Shards) -> Id
     return None if ids is None else Ids(ids, gather_rows(ids, sizes, shards.group))
 
 
-def mean_by_id(rows: Tensor, ids: Ids, wanted: Ids, sizes: tuple[int, ...], shards: Shards) -> tuple[Tensor, Tensor]:
-    """([n_r, D], [n_r]): the mean of all ranks' rows with each wanted id; whether that is just the query's own row.
+def mean_by_id(rows: Tensor, ids: Ids, wanted: Ids, own: Tensor, shards: Shards) -> tuple[Tensor, Tensor]:
+    """([n_r, D], [n_r]): the mean of all ranks' rows with each wanted id; whether that is just the query's own key.
 
-    sizes: the wanted ids of each rank. Of rows that are their id's only one nothing is sent, and their mean is left 0.
+    own: the ids [n_r] of the queries' own keys. Of rows that are their id's only one nothing is sent, and their mean is
+    left 0.
     """
     ordered = torch.sort(ids.everyone).values
     count = torch.searchsorted(ordered, wanted.own, right=True) - torch.searchsorted(ordered, wanted.own)
-    alone = (count == 1) & (ids.own[: len(wanted.own)] == wanted.own)
-    alone_everywhere = gather_rows(alone.to(torch.uint8), sizes, shards.group).bool()
+    alone = (count == 1) & (own == wanted.own)
+    alone_everywhere = gather_rows(alone.to(torch.uint8), shards.rows, shards.group).bool()
     groups = torch.unique(wanted.everyone[~alone_everywhere])
     if len(groups) == 0:
         return rows.new_zeros(len(wanted.own), rows.shape[1]), alone
+    return _sum_in_groups(rows, ids.own, wanted.own, groups, shards) / count[:, None], alone
+
+
+def rows_of(rows: Tensor, columns: Tensor, everyone: Tensor, shards: Shards) -> Tensor:
+    """[k, D]: the row of each of the columns [k], whoever has it, differentiable. everyone: what all ranks ask for."""
+    own = torch.arange(len(rows), device=rows.device) + shards.columns(shards.rank).start
+    return _sum_in_groups(rows, own, columns, torch.unique(everyone), shards)
+
+
+def _sum_in_groups(rows: Tensor, ids: Tensor, wanted: Tensor, groups: Tensor, shards: Shards) -> Tensor:
+    """The sums of all ranks' rows with each wanted id; groups [G]: all ids that any rank wants, sorted."""
     at_once = max(*shards.rows, *shards.cols)
-    total = _SumByGroup.apply(
-        rows, _index(ids.own, groups), _index(wanted.own, groups), len(groups), at_once, shards.group
-    )
-    return total / count[:, None], alone
+    return _SumByGroup.apply(rows, _index(ids, groups), _index(wanted, groups), len(groups), at_once, shards.group)
 
 
 def _index(ids: Tensor, groups: Tensor) -> Tensor:
@@ -81,8 +90,3 @@ def _sum_by_group(rows: Tensor, source: Tensor, target: Tensor, groups: int, at_
         total[some] = 0.0
         out += all_reduce(total, group)[take]
     return out
-
-
-def _from(place: Tensor, first: int, some: int) -> Tensor:
-    """Places counted from `first`; `some` for what is not one of the next `some`."""
-    return torch.where((place >= first) & (place < first + some), place - first, some)

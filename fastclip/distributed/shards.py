@@ -6,7 +6,7 @@ Legend: n_r queries (image rows) and m_r keys (text rows) on rank r; N, M their 
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -59,6 +59,10 @@ class Shards:
     def own_columns(self, x: Tensor) -> Tensor:
         """[n_r] int64: the column of each of this rank's queries x [n_r, D] among all keys."""
         return torch.arange(len(x), device=x.device) + self.columns(self.rank).start
+
+    def of_one_side(self, sizes: tuple[int, ...]) -> "Shards":
+        """Queries against queries (sizes: self.rows), or keys against keys (self.cols)."""
+        return replace(self, rows=sizes, cols=sizes)
 
 
 def agree(given: object, check: Callable[[], T], describe: Callable[[T], tuple[int, int, str]]) -> tuple[T, Shards]:

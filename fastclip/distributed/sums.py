@@ -1,6 +1,6 @@
 """ops.similarity_sums over the ranks of a group: each rank its rows against all columns, once for both directions.
 
-Legend: x [n_r, D], y [m_r, D] this rank's queries and keys; query i belongs to key i of its own rank, n_r <= m_r.
+Legend: x [n_r, D], y [m_r, D] this rank's queries and keys; column [n_r] int64 the key of each query among all ranks'.
 row_sum, row_shift, pos [n_r] and col_sum, col_shift [m_r] belong to them, over all negatives of the whole batch.
 """
 
@@ -16,17 +16,24 @@ from fastclip.distributed.shards import Shards
 
 
 def similarity_sums(
-    x: Tensor, y: Tensor, scale: Tensor, shards: Shards, normalize: bool, backend: str | None, mask: ops.Mask
+    x: Tensor,
+    y: Tensor,
+    scale: Tensor,
+    column: Tensor,
+    shards: Shards,
+    normalize: bool,
+    backend: str | None,
+    mask: ops.Mask,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """row_sum, col_sum, row_shift, col_shift, pos (the legend above), differentiable in x, y and scale.
 
     mask: row_ids, row_limit [n_r] of this rank; col_ids, col_limit [M] of all ranks.
     """
     if shards.mode == "ring":
-        sums = ring_sums(x, y, scale, shards, normalize, backend, mask)
+        sums = ring_sums(x, y, scale, column, shards, normalize, backend, mask)
     else:
         keys = all_rows(y, shards.cols, shards.group)
-        sums = ops.similarity_sums(x, keys, scale, shards.own_columns(x), normalize, backend, mask)
+        sums = ops.similarity_sums(x, keys, scale, column, normalize, backend, mask)
     row_sum, col_sum, row_shift, col_shift, pos = sums
     col_sum, col_shift = _OwnColumns.apply(col_sum, col_shift, shards)
     return row_sum, col_sum, row_shift, col_shift, pos

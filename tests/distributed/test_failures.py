@@ -53,10 +53,26 @@ def test_siglip_and_info_nce_too(pool):
     nce = {"query": X, "key": X, "scale": 10.0}
     results = pool.run(outcome, "info_nce", {1: {"key": X[:2]}}, nce, world=2)
     assert all("at least N = 4 rows, got 2" in message for _, message in results)
-    results = pool.run(
-        outcome, "info_nce", {0: {"labels": torch.arange(4)}, 1: {"labels": torch.arange(4)}}, nce, world=2
-    )
-    assert [name for name, _ in results] == ["NotImplementedError"] * 2
+
+
+# Labels of rank 1 (rank 0 has good ones), and what both ranks are told. Two ranks have four keys each.
+LABELS = {
+    "too large": (torch.tensor([0, 8, 1, 7]), r"\[0, 8\), the keys of all ranks in order, got 0 to 8 on rank 1"),
+    "negative": (torch.tensor([0, -1, 1, 7]), r"got -1 to 7 on rank 1"),
+    "floating": (torch.ones(4), r"labels must be an integer tensor \[4\], got torch.float32"),
+    "too few": (torch.arange(3), r"labels must be \[4\], got \(3,\)"),
+    "none": (None, "all ranks must call the loss alike|labels=int64"),
+}
+
+
+@pytest.mark.parametrize("mode", ["gather", "ring"])
+@pytest.mark.parametrize(("labels", "told"), LABELS.values(), ids=LABELS)
+def test_labels_that_are_wrong_on_one_rank(pool, labels, told, mode):
+    nce = {"query": X, "key": X, "scale": 10.0, "labels": torch.tensor([7, 0, 4, 7]), "mode": mode}
+    results = pool.run(outcome, "info_nce", {1: {"labels": labels}}, nce, world=2)
+    for name, message in results:
+        assert name in ("ValueError", "TypeError") and re.search(told, message), (name, message)
+    assert pool.run(outcome, "info_nce", {}, nce, world=2) == [("", "")] * 2, "the group has to work afterwards"
 
 
 def doomed(rank: int, store: str, mode: str, when: str) -> None:

@@ -22,6 +22,9 @@ PAIR_IDS = torch.tensor([0, 1, 1, 2, 3, 1, 4, 5, 0, 6, 7, 7])  # within a rank a
 # Over ranks query i belongs to key i of its own rank; in one process `labels` say so.
 LABELS = torch.cat([torch.arange(n) + sum(Y_SIZES[:rank]) for rank, n in enumerate(X_SIZES)])
 KEY_IDS = torch.tensor([1, 8, 2, 9, 9]).repeat(4)[:M].index_put((LABELS,), PAIR_IDS)
+# Labels as users give them: keys of other ranks, shared by queries of one rank and of several, some nobody's.
+SHARED = torch.tensor([16, 0, 6, 6, 0, 6, 3, 12, 5, 6, 16, 1])
+FEW = torch.tensor([1, 5, 5, 0, 2, 5, 3, 3, 0, 4, 1, 1])  # more queries than keys
 WEIGHT = torch.rand(N, generator=GENERATOR, dtype=torch.float64)
 
 PAIRED = {
@@ -57,6 +60,19 @@ INFO_NCE = {
     "ignore": {"ids": PAIR_IDS, "key_ids": KEY_IDS, "ids_mode": "ignore", "reduction": "none"},
     "margin": {"false_negative_margin": 0.1, "symmetric": True},
 }
+LABELLED = {
+    "plain": {},
+    "statistics": {"return_stats": True},
+    "symmetric": {"symmetric": True, "return_stats": True},
+    "smoothing": {"symmetric": True, "label_smoothing": 0.1, "weight": WEIGHT},
+    "NT-Xent": {"query_negatives": True, "key_negatives": True, "symmetric": True},
+    "key negatives": {"key_negatives": True, "reduction": "none"},
+    "ids": {"ids": None, "symmetric": True, "label_smoothing": 0.1},
+    "ignore": {"ids": None, "ids_mode": "ignore", "symmetric": True, "return_stats": True},
+    "margin": {"false_negative_margin": 0.1, "symmetric": True, "return_stats": True},
+    "hardness": {"hardness": 2.0, "symmetric": True, "reduction": "sum"},
+    "eager": {"backend": "eager", "symmetric": True},
+}
 
 
 def joined(ranks: list[dict]) -> dict:
@@ -80,7 +96,7 @@ def in_one_process(loss: str, y, numbers: dict, options: dict) -> tuple[dict, di
     if "weight" in options and loss != "siglip_loss":
         weight = options["weight"] = options["weight"].clone().requires_grad_()
     if loss == "info_nce":
-        options["labels"] = LABELS
+        options.setdefault("labels", LABELS)
     out = getattr(fastclip, loss)(x, y, *numbers.values(), **options)
     value, stats = out if options.get("return_stats") else (out, None)
     value.sum().backward()
@@ -105,9 +121,8 @@ def check(pool, loss: str, sizes, y, options: dict, mode: str, bias: bool = Fals
     ranks = pool.run(pairs_steps, cases, world=len(sizes))
     for number, shares in zip(numbers, zip(*ranks, strict=True), strict=True):
         want, stats = in_one_process(loss, y, number, options)
-        limit = LIMIT * max(
-            1.0, number["scale"] / 100.0
-        )  # a logit near 1e4 is known to 1e4 units in the last place of 1
+        # A logit near 1e4 is known to 1e4 units in the last place of 1.
+        limit = LIMIT * max(1.0, number["scale"] / 100.0, options.get("teacher_logit_scale", 0.0) / 100.0)
         assert_same(joined([got for got, _ in shares]), want, str(number), limit)
         if stats:
             lists = ("image_lse", "text_lse", "losses")
@@ -138,20 +153,31 @@ def test_info_nce(pool, options, mode):
     check(pool, "info_nce", Y_SIZES, Y, options, mode)
 
 
+@modes
+@pytest.mark.parametrize("options", LABELLED.values(), ids=LABELLED)
+@pytest.mark.parametrize(("sizes", "labels"), [(Y_SIZES, SHARED), ((2, 1, 3), FEW)], ids=["more keys", "fewer keys"])
+def test_labels(pool, sizes, labels, options, mode):
+    """Labels number the keys of all ranks. Ids: most queries are called otherwise than their key, and like another."""
+    keys = sum(sizes)
+    if "ids" in options:
+        options = options | {"ids": labels.roll(1) % 5, "key_ids": torch.arange(keys) % 5}
+    check(pool, "info_nce", sizes, Y[:keys], options | {"labels": labels}, mode)
+
+
 TEACHER = {
     "teacher_image_features": torch.randn(N, 4, generator=GENERATOR, dtype=torch.float64),
     "teacher_text_features": torch.randn(N, 4, generator=GENERATOR, dtype=torch.float64),
 }
 
 
+@modes
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": False}, {"backend": "eager"}], ids=["plain", "as they are", "eager"]
+)
 @pytest.mark.parametrize("teacher_scale", [0.0, 20.0, 1e4])
-def test_distill_loss(pool, teacher_scale):
-    check(pool, "distill_loss", X_SIZES, Y[:N], TEACHER | {"teacher_logit_scale": teacher_scale}, "gather")
-
-
-def test_distill_loss_does_not_go_round_a_ring(pool):
-    with pytest.raises(RuntimeError, match=r'NotImplementedError: .*mode="gather" only'):
-        check(pool, "distill_loss", X_SIZES, Y[:N], TEACHER | {"teacher_logit_scale": 2.0}, "ring")
+def test_distill_loss(pool, teacher_scale, options, mode):
+    options = options | TEACHER | {"teacher_logit_scale": teacher_scale}
+    check(pool, "distill_loss", X_SIZES, Y[:N], options, mode)
 
 
 @modes
