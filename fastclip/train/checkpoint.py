@@ -1,7 +1,7 @@
 """Checkpoints of a run: written whole or not at all, checked before they are read, never unpickled.
 
     RUN/checkpoints/step-00000100/
-        manifest.json        the step, the number of processes, and each file's size and SHA-256; written last
+        manifest.json        the step, what the bits depend on, and each file's size and SHA-256; written last
         counters.json        steps, samples, skips, loss scaling, and the configuration
         model.safetensors, config.json, tokenizer.json      the weights: a model folder, to load as any other
         state.safetensors    moments of the optimiser, average of the weights
@@ -14,9 +14,7 @@ moment leaves the previous ones as they were. All processes share the file syste
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import os
 import shutil
 import warnings
@@ -29,24 +27,19 @@ import torch
 from torch.distributed import checkpoint as sharded
 from torch.distributed.tensor import DTensor
 
+import fastclip
 from fastclip import clip
-from fastclip.clip.config import ClipConfig
 from fastclip.clip.model import Clip
-from fastclip.clip.sources import CONFIG
-from fastclip.clip.tokenizer import FILE as TOKENIZER
+from fastclip.clip.sources import WEIGHTS
 from fastclip.clip.tokenizer import Tokenizer, load_tokenizer
-from fastclip.data.cache import write_atomic
 from fastclip.errors import UserError
+from fastclip.evaluate.files import save_json
+from fastclip.train.files import contiguous, digest, flush_folder, load_json, save_weights, seal
 from fastclip.train.parallel import World
+from fastclip.train.settings import differences
 from fastclip.train.state import TrainState, random_state, set_random_state
 
-FOLDER, MANIFEST, COUNTERS, WEIGHTS, STATE = (
-    "checkpoints",
-    "manifest.json",
-    "counters.json",
-    "model.safetensors",
-    "state.safetensors",
-)
+FOLDER, MANIFEST, COUNTERS, STATE = "checkpoints", "manifest.json", "counters.json", "state.safetensors"
 FORMAT = 1
 
 
@@ -92,7 +85,7 @@ def write(
         parts = world.gather({path.name: seal(path) for path in files[world.rank :: world.size]})
         if world.first:
             listed = {name: entry for part in parts for name, entry in part.items()}
-            manifest = {"format": FORMAT, "step": state.step, "processes": world.size, "files": listed}
+            manifest = {"format": FORMAT, "step": state.step, **conditions(world), "files": listed}
             save_json(growing / MANIFEST, manifest)
             flush_folder(growing)
             os.rename(growing, final)
@@ -102,13 +95,24 @@ def write(
     return final
 
 
-def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
+def conditions(world: World) -> dict[str, int | str]:
+    """What the bits of a run depend on besides its settings and its data. A GPU's kernels promise none."""
+    named: dict[str, int | str] = {"processes": world.size, "device": world.device.type}
+    if world.device.type == "cpu":
+        # Sums are shared out over the threads, and are rounded in the order of the shares.
+        named |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
+        named |= {"torch": torch.__version__, "fastclip": fastclip.__version__}
+    return named
+
+
+def read(folder: Path, state: TrainState, loader: Any, world: World) -> list[str]:
     """Put `state`, `loader` and the random generators back to where `write` found them. Every process calls it.
 
-    True if the run goes on exactly. With another number of processes, False: weights, moments, counters and the place
-    in the data are those of the checkpoint, random numbers and rounding are not. CheckpointError when it does not fit.
+    Returns the conditions that have changed, such as "threads 2 -> 4"; with none the run goes on exactly. Else
+    weights, moments, counters and the place in the data are those of the checkpoint, rounding is not, nor are random
+    numbers with another number of processes. CheckpointError when it does not fit.
     """
-    manifest = load_json(folder / MANIFEST)
+    manifest, now = load_json(folder / MANIFEST), conditions(world)
     tensors = {**state.weights(), **state.moments()}
     stored = sharded.HuggingFaceStorageReader(str(folder))
     check_names(folder, tensors, stored)
@@ -122,7 +126,8 @@ def read(folder: Path, state: TrainState, loader: Any, world: World) -> bool:
     loader.load_state_dict(own["loader"])
     if same:
         set_random_state(own["random"], world.device)
-    return same
+    # What an older version did not write down counts as unchanged.
+    return differences({name: manifest.get(name, value) for name, value in now.items()}, now)
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:
@@ -178,19 +183,13 @@ def verify(folder: Path) -> None:
 
 def save_state(folder: Path, state: TrainState, world: World) -> None:
     """The tensors: one file a process where they are sharded, else two files by the first process."""
-    weights, moments = contiguous(state.weights()), contiguous(state.moments())
+    weights, moments = state.weights(), state.moments()
     if any(isinstance(tensor, DTensor) for tensor in weights.values()):
         writer = sharded.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        sharded.save({**weights, **moments}, storage_writer=writer)
+        sharded.save(contiguous({**weights, **moments}), storage_writer=writer)
     elif world.first:
-        from safetensors.torch import save_file
-
-        save_file(weights, folder / WEIGHTS, {"format": "pt"})
-        save_file(moments, folder / STATE)
-
-
-def contiguous(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_weights(folder / WEIGHTS, weights)
+        save_weights(folder / STATE, moments)
 
 
 def check_names(folder: Path, tensors: dict[str, torch.Tensor], stored: sharded.HuggingFaceStorageReader) -> None:
@@ -221,76 +220,17 @@ def prune(run: Path, keep: int) -> None:
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """What the libraries raise when a disk is full or not writable becomes a UserError, and the half folder goes."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, SafetensorError, sharded.CheckpointException) as error:
+    except (OSError, sharded.CheckpointException) as error:
         shutil.rmtree(folder, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         raise UserError(f"cannot write a checkpoint into {folder.parent}: {reason}; earlier ones are whole") from error
 
 
-def seal(path: Path) -> dict[str, int | str]:
-    """Flush a file to the disk; its entry in the manifest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest(path)}
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, a piece at a time."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**22):
-            total.update(piece)
-    return total.hexdigest()
-
-
-def flush_folder(folder: Path) -> None:
-    """Make a folder's new and renamed entries durable (POSIX; elsewhere folders cannot be opened)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def stored_settings(folder: Path) -> dict[str, Any]:
     """The configuration of the run that wrote the checkpoint."""
     return load_json(folder / COUNTERS)["config"]
-
-
-def describe_model(folder: Path, config: ClipConfig, tokenizer: Tokenizer) -> None:
-    """config.json and tokenizer.json, each all or nothing."""
-    save_json(folder / CONFIG, config.to_dict())
-    write_atomic(folder / TOKENIZER, lambda file: file.write(tokenizer.to_json().encode()))
-
-
-def save_model_folder(folder: Path, config: ClipConfig, tokenizer: Tokenizer, weights: dict[str, torch.Tensor]) -> None:
-    """A model folder: configuration, tokenizer and, last, the weights, each all or nothing."""
-    from safetensors.torch import save
-
-    data = save(contiguous(weights), {"format": "pt"})
-    describe_model(folder, config, tokenizer)
-    write_atomic(folder / WEIGHTS, lambda file: file.write(data))
-
-
-def save_json(path: Path, values: object) -> None:
-    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    write_atomic(path, lambda file: file.write(text.encode()))
-
-
-def load_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    from safetensors.torch import save
-
-    data = save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata)
-    write_atomic(path, lambda file: file.write(data))
 
 
 def load_model(folder: Path) -> tuple[Clip, Tokenizer]:

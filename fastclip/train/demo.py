@@ -25,10 +25,10 @@ from fastclip.env import processor
 from fastclip.errors import UserError
 from fastclip.evaluate.drawing import draw_confusion
 from fastclip.evaluate.encode import encode
+from fastclip.evaluate.files import save_json
 from fastclip.evaluate.glyph_index import INDEX, GlyphIndex, glyph_gallery
 from fastclip.evaluate.zero_shot import classify, confusion_matrix
 from fastclip.train import settings
-from fastclip.train.checkpoint import save_json, save_model_folder
 from fastclip.train.config import (
     DemoConfig,
     LogConfig,
@@ -37,6 +37,7 @@ from fastclip.train.config import (
     TrainConfig,
 )
 from fastclip.train.curves import draw_curves
+from fastclip.train.files import save_model_folder
 from fastclip.train.log import RunLog
 from fastclip.train.loop import fit
 from fastclip.train.memory import memory

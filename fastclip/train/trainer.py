@@ -17,6 +17,7 @@ from fastclip.train import checkpoint, parts, settings
 from fastclip.train.config import TrainConfig
 from fastclip.train.curves import draw_curves
 from fastclip.train.evaluate_hook import make_evaluation
+from fastclip.train.files import describe_model, save_model_folder
 from fastclip.train.flops import training_flops
 from fastclip.train.log import METRICS, RunLog, warnings_said
 from fastclip.train.loop import fit
@@ -133,10 +134,10 @@ class Run:
 
     def resume(self, folder: Path) -> None:
         """Go on from `folder`; say what is not as it was."""
-        exact = checkpoint.read(folder, self.state, self.batches, self.world)
+        inexact = checkpoint.read(folder, self.state, self.batches, self.world)
         self.world.say(f"Resumed from {folder}, after step {self.state.step}.")
-        if not exact:
-            self.world.say("The number of processes has changed: the run goes on, but not bit for bit.")
+        if inexact:
+            self.world.say(f"The run goes on, but not bit for bit: {'; '.join(inexact)}.")
         before = checkpoint.stored_settings(folder)
         changed = [
             text for text in settings.differences(before, self.settings) if not text.startswith(("out ", "resume "))
@@ -151,7 +152,7 @@ class Run:
 
     def describe(self, folder: Path) -> None:
         """What makes the folder of weights a model folder."""
-        checkpoint.describe_model(folder, self.state.model.config, self.tokenizer)
+        describe_model(folder, self.state.model.config, self.tokenizer)
 
     def finish(self, log: RunLog) -> None:
         """The trained model, its averaged weights and the curves."""
@@ -160,9 +161,9 @@ class Run:
         averages = self.state.average.weights if self.state.average else {}
         averaged = {name: full_tensor(tensor) for name, tensor in averages.items()}
         if self.world.first:
-            checkpoint.save_model_folder(out, model.config, self.tokenizer, weights)
+            save_model_folder(out, model.config, self.tokenizer, weights)
             if averaged:
-                checkpoint.save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
+                save_model_folder(out / AVERAGE, model.config, self.tokenizer, weights | averaged)
             name = self.config.model.name or self.config.model.start_from or "glyph-conv"
             chance = None if self.config.loss == "clip" else math.nan
             title = f"{name}: {self.state.step:,} steps"

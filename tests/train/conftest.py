@@ -1,6 +1,7 @@
 """Fixtures of the trainer's tests."""
 
 import multiprocessing
+import socket
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 pytest.importorskip("pyarrow")
 
-from tiny import main_quietly, make_data, make_start, tiny_config
+from tiny import as_torchrun, main_quietly, make_data, make_start, tiny_config
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +22,12 @@ def tiny(tmp_path_factory):
     return lambda out, **changes: tiny_config(start, data, out, **changes)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Tiny products on several threads wait for each other most of the time."""
+    """Tiny products on several threads wait for each other most of the time.
+
+    Of the module, so that the runs its fixtures make, before any test's own, have as many: bits depend on it.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,15 +38,16 @@ def one_thread():
 def fork(tmp_path_factory):
     """fork(config) runs `fastclip train` in a process of its own that has all imports behind it.
 
-    What it says is in the file `process.said`. Processes that a failed test leaves are killed.
+    What it says is in the file `process.said`. Further arguments: its environment. Processes that a failed test leaves
+    are killed.
     """
     started = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastclip.cli", "fastclip.train.trainer", "fastclip.data.tables", "pyarrow.csv"])
 
-    def begin(config, main=main_quietly):
+    def begin(config, main=main_quietly, **environment):
         folder = tmp_path_factory.mktemp("fork")
-        process = context.Process(target=main, args=(config, folder))
+        process = context.Process(target=main, args=(config, folder), kwargs=environment)
         process.start()
         process.said = folder / "said.txt"
         started.append(process)
@@ -52,3 +57,16 @@ def fork(tmp_path_factory):
     for process in started:
         process.kill()
         process.join()
+
+
+@pytest.fixture
+def fork_two(fork):
+    """fork_two(config) runs it in two such processes that train together, as if torchrun had started them."""
+
+    def begin(config):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        return [fork(config, **as_torchrun(rank, 2, port)) for rank in range(2)]
+
+    return begin

@@ -35,10 +35,11 @@ def forget(run_folder, after):
         {"precision": {"dtype": "fp16"}},
         {"model": {"lock_image": True}},
         {"workers": 1},
+        {"threads": 2},
     ],
-    ids=["plain", "ema", "siglip", "micro-batch", "bf16", "fp16", "locked", "worker"],
+    ids=["plain", "ema", "siglip", "micro-batch", "bf16", "fp16", "locked", "worker", "threads"],
 )
-def test_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, changes):
+def test_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, changes, threads, capsys):
     # The checkpoint of step 8 lies in the middle of the second epoch.
     want = run(tiny(tmp_path, checkpoint={"every": 4, "keep": 3}, **changes))
     states = [checkpoint.load_json(tmp_path / "checkpoints" / f"step-{step:08d}" / "counters.json") for step in (8, 12)]
@@ -47,6 +48,7 @@ def test_resumed_run_is_the_same_bit_for_bit(tiny, tmp_path, changes):
     forget(tmp_path, after=8)
     torch.manual_seed(1234)  # the resumed run must not depend on what was there
     assert_same(run(tiny(tmp_path, resume="latest", checkpoint={"every": 4, "keep": 3}, **changes)), want)
+    assert "not bit for bit" not in capsys.readouterr().out
     steady = ("step", "loss", "scale", "accuracy", "gradient_norm")
     assert [picked(line, steady) for line in records.splitlines()] == [
         picked(line, steady) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -76,7 +78,7 @@ def test_checkpoint_says_what_it_holds_and_has_no_pickle_in_it(finished):
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert manifest["files"].keys() == files >= {"model.safetensors", "state.safetensors", "process-0.pt"}
-    assert manifest["step"] == 12 and manifest["processes"] == 1
+    assert (manifest["step"], manifest["processes"], manifest["threads"]) == (12, 1, 1)
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
     own = torch.load(folder / "process-0.pt", weights_only=True)
@@ -204,6 +206,16 @@ def test_changed_settings_are_named(tiny, copy, capsys):
     said = capsys.readouterr().out
     assert "optimizer.learning_rate 0.01 -> 0.5; schedule.steps 12 -> 14" in said
     assert [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()] == [*range(1, 15)]
+
+
+def test_what_changes_the_bits_is_said(tiny, copy, threads, capsys):
+    # The promise of the same bits is for the same threads and versions; that it no longer holds must be seen.
+    manifest = copy / "checkpoints" / "step-00000012" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"torch": "2.9.0"}))
+    threads(2)
+    run(tiny(copy, resume="latest", schedule={"steps": 13}))
+    changed = f"threads 1 -> 2; torch 2.9.0 -> {torch.__version__}"
+    assert f"The run goes on, but not bit for bit: {changed}.\n" in capsys.readouterr().out
 
 
 def test_full_disk_is_one_message_and_leaves_the_earlier_ones(tiny, tmp_path, fork):

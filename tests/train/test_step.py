@@ -146,6 +146,21 @@ def test_micro_batches_hold_fewer_activations():
     assert peak(micro_batch=2) < 0.6 * peak()
 
 
+@pytest.mark.parametrize("loss", ["clip", "siglip"])
+def test_equal_captions_reach_the_loss(loss):
+    model = model_of(VIT, init_bias=-10.0)
+    batch = next(batches())
+    ids = torch.tensor([1, 2, 1, 3, 4, 2])
+    plain = stepper(model, loss=loss)
+    value, _ = plain.loss(replace(batch, pair_ids=ids), accuracy=False)
+    image, text = model.image(batch.images), model.text(batch.tokens)
+    if loss == "clip":
+        want = clip_loss(image, text, model.logit_scale, ids=ids)
+    else:
+        want = siglip_loss(image, text, model.logit_scale, model.logit_bias, ids=ids)
+    assert value.item() == pytest.approx(want.item(), rel=1e-5) != plain.loss(batch, accuracy=False)[0].item()
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_low_precision_learns_nearly_the_same(dtype):
     want, _ = trained(model_of(VIT))

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import time
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from tiny import assert_same, command, run, start, torchrun, wait_for_records, w
 
 from fastclip.clip import CausalTextConfig, Clip, VitConfig
 from fastclip.clip.tokenizer import ClipTokenizer
-from fastclip.train.checkpoint import save_model_folder
+from fastclip.train.files import save_model_folder
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -78,11 +77,20 @@ def settings(vit):
     return {"model": {"start_from": vit}, "optimizer": ADAM, "schedule": STEADY, "crop": (1.0, 1.0)}
 
 
-def test_ddp_is_one_process_and_a_killed_rank_changes_nothing(tiny, settings, tmp_path, launch):
+def finish_two(processes):
+    """What the first and the second process said."""
+    for process in processes:
+        process.join(120)
+    said = [process.said.read_text() for process in processes]
+    assert [process.exitcode for process in processes] == [0, 0], said
+    return said
+
+
+def test_ddp_is_one_process_and_a_killed_rank_changes_nothing(tiny, settings, tmp_path, fork_two, launch):
     want = run(tiny(tmp_path / "one", **settings))
     both = tiny(tmp_path / "two", **settings)
-    said, _ = finish(launch(both, tmp_path))
-    assert said.count("Training") == 1  # the second process is quiet
+    said = finish_two(fork_two(both))
+    assert "Training" in said[0] and not said[1]
     close(weights(tmp_path / "two"), want)
     close(weights(tmp_path / "two" / "ema"), weights(tmp_path / "one" / "ema"))
 
@@ -98,11 +106,11 @@ def test_ddp_is_one_process_and_a_killed_rank_changes_nothing(tiny, settings, tm
     assert_same(weights(killed.out), weights(tmp_path / "two"))
 
 
-def test_fsdp_is_one_process_and_its_checkpoints_go_on_anywhere(tiny, settings, tmp_path, launch):
+def test_fsdp_is_one_process_and_its_checkpoints_go_on_anywhere(tiny, settings, tmp_path, fork_two):
     alone = {**settings, **FSDP, "parallel": "ddp"}
     want = run(tiny(tmp_path / "one", **alone))
     both = tiny(tmp_path / "two", **settings, **FSDP)
-    finish(launch(both, tmp_path))
+    finish_two(fork_two(both))
     close(weights(tmp_path / "two"), want)
     close(weights(tmp_path / "two" / "ema"), weights(tmp_path / "one" / "ema"))
 
@@ -110,13 +118,11 @@ def test_fsdp_is_one_process_and_its_checkpoints_go_on_anywhere(tiny, settings, 
     step = "checkpoints/step-00000008"
     close(run(tiny(tmp_path / "down", resume=str(tmp_path / "two" / step), **alone)), want)
     again = replace(both, out=tmp_path / "again", resume=str(tmp_path / "two" / step))
-    finish(launch(again, tmp_path))
+    finish_two(fork_two(again))
     assert_same(weights(again.out), weights(both.out))
-    if SLOW:
-        up = replace(both, out=tmp_path / "up", resume=str(tmp_path / "one" / step))
-        said, _ = finish(launch(up, tmp_path))
-        assert "not bit for bit" in said
-        close(weights(up.out), want)
+    up = replace(both, out=tmp_path / "up", resume=str(tmp_path / "one" / step))
+    assert "not bit for bit: processes 1 -> 2" in finish_two(fork_two(up))[0]
+    close(weights(up.out), want)
 
 
 def workers_of(launcher):
@@ -142,12 +148,14 @@ def test_a_dead_rank_without_restarts_ends_all_within_seconds(tiny, tmp_path, la
     assert not any(worker.is_running() for worker in workers)
 
 
-def test_signal_to_one_process_stops_both_with_a_checkpoint(tiny, tmp_path, launch):
+def test_signal_to_one_process_stops_both_with_a_checkpoint(tiny, tmp_path, fork_two):
     long = {"schedule": {"steps": 4000}, "checkpoint": {"every": 0}, "log": {"every": 1}}
-    process = launch(tiny(tmp_path, **long), tmp_path)
-    wait_for_records(tmp_path, process, 2)
-    os.kill(workers_of(process)[1].pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode != 0 and "Stopped by a signal after step" in said
+    processes = fork_two(tiny(tmp_path, **long))
+    wait_for_records(tmp_path, processes[0], 2)
+    processes[1].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [143, 143]
+    assert "Stopped by a signal after step" in processes[0].said.read_text()
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert {"process-0.pt", "process-1.pt"} <= {path.name for path in folder.iterdir()}

@@ -17,7 +17,6 @@ from fastclip.clip import Clip, ClipConfig, ConvConfig, TextConfig
 from fastclip.clip.tokenizer import BpeTokenizer
 from fastclip.data.config import DataConfig
 from fastclip.train import settings
-from fastclip.train.checkpoint import save_model_folder
 from fastclip.train.config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -28,6 +27,7 @@ from fastclip.train.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from fastclip.train.files import save_model_folder
 from fastclip.train.trainer import train
 
 PAIRS = 40  # five batches of 8 an epoch: twelve steps begin the third epoch
@@ -118,10 +118,11 @@ def torchrun(arguments: list[str], *options: str, processes: int = 2) -> list[st
     return [*launcher, *options, *arguments[1:]]
 
 
-def main_quietly(config: TrainConfig, folder: Path) -> None:
+def main_quietly(config: TrainConfig, folder: Path, **environment: str) -> None:
     """`fastclip train` in this process, with what it says in FOLDER/said.txt."""
     from fastclip import cli
 
+    os.environ |= environment
     torch.set_num_threads(1)
     with (folder / "said.txt").open("w") as said:
         os.dup2(said.fileno(), 1)
@@ -145,6 +146,13 @@ def main_on_a_full_disk(config: TrainConfig, folder: Path) -> None:
 
     checkpoint.save_state = limited
     main_quietly(config, folder)
+
+
+def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives its processes; the first one hosts the store."""
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    named |= {"TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_RESTART_COUNT": 0}
+    return {name: str(value) for name, value in named.items()}
 
 
 def wait_for_records(out: Path, process: multiprocessing.Process | subprocess.Popen, records: int = 1) -> None:
