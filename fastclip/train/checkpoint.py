@@ -32,6 +32,7 @@ from fastclip import clip
 from fastclip.clip.model import Clip
 from fastclip.clip.sources import WEIGHTS
 from fastclip.clip.tokenizer import Tokenizer, load_tokenizer
+from fastclip.env import processor
 from fastclip.errors import UserError
 from fastclip.evaluate.files import save_json
 from fastclip.train.files import contiguous, digest, flush_folder, load_json, save_weights, seal
@@ -100,8 +101,9 @@ def conditions(world: World) -> dict[str, int | str]:
     named: dict[str, int | str] = {"processes": world.size, "device": world.device.type}
     if world.device.type == "cpu":
         # Sums are shared out over the threads, and are rounded in the order of the shares.
-        named |= {"threads": torch.get_num_threads(), "instructions": torch.backends.cpu.get_cpu_capability()}
-        named |= {"torch": torch.__version__, "fastclip": fastclip.__version__}
+        named |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "fastclip": fastclip.__version__}
+        # The libraries choose their kernels by model, and torch's by what ATEN_CPU_CAPABILITY allows.
+        named |= {"processor": processor(), "instructions": torch.backends.cpu.get_cpu_capability()}
     return named
 
 
