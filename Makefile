@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STEPS ?=
 BENCH ?=
+GPU ?=
 
 .PHONY: demo test bench gpu lint
 demo: .venv/ready
@@ -15,8 +16,9 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks $(BENCH)
 
 # On a machine with a GPU: the system's Python with torch, triton, numpy and pytest; no install, no network.
+# make gpu GPU="--only tests" passes flags on; python3 -m benchmarks.gpu --help has them.
 gpu:
-	PYTHONSAFEPATH=1 PYTHONPATH=$$($(PYTHON) benchmarks/gpu_path.py) $(PYTHON) -m benchmarks.gpu
+	PYTHONSAFEPATH=1 PYTHONPATH=$$($(PYTHON) benchmarks/gpu_path.py) $(PYTHON) -m benchmarks.gpu $(GPU)
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,18 +1,18 @@
-"""`make gpu`: the GPU tests, then the benchmark, on one NVIDIA GPU, within a time limit. Nothing from the network.
+"""`make gpu`: the GPU tests, then the benchmarks, on one NVIDIA GPU, within a time limit. Nothing from the network.
 
-    python -m benchmarks.gpu                   tests and the whole table
-    python -m benchmarks.gpu --no-tests        the table alone
+    python -m benchmarks.gpu                   tests, losses and training steps
+    python -m benchmarks.gpu --only losses     the losses' table alone
     python -m benchmarks.gpu --minutes 4 --widths 512 --sizes 8192 32768
 
 Every result is checked before it is timed (gpu_check.py). Runs are paired and interleaved, figures are medians, and the
-matrix product that is the ceiling is timed between them. Writes benchmarks/results/<gpu>-<date>.json; gpu_tables.py
-makes the tables and plots of docs/performance.md from such files. Without a GPU it says so and writes nothing.
+matrix product that is the ceiling is timed between them. What fails is a row with a note, and the rest goes on. Writes
+benchmarks/results/<gpu>-<date>.json, anew after each problem; gpu_tables.py makes the tables and plots of
+docs/performance_gpu.md from such files. Without a GPU it says so and writes nothing; --rehearse runs it all on the
+processor, with tiny numbers that mean nothing.
 """
 
 import argparse
-import gc
 import json
-import os
 import platform
 import re
 import subprocess
@@ -20,119 +20,174 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
 
 import torch
 
+from fastclip.benchmarks import gpu_losses, gpu_training
+from fastclip.benchmarks.gpu_peers import GPU_PEERS
+from fastclip.benchmarks.gpu_tests import run_tests
+from fastclip.benchmarks.gpu_worker import Worker, WorkerDiedError
 from fastclip.benchmarks.problems import LOGIT_SCALE, POSITIVE_COSINE
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-GROUP_MS = 1200.0  # time for the paired runs of one N, D and mode
+PARTS = ("tests", "losses", "training")
+CORE_SIZES = (8192, 32768, 65536, 131072)  # measured before the others
 LARGEST = 1_048_576
+COMPILED_SIZES = (8192, 32768)  # torch.compile takes many seconds a size
+PEERS_LARGEST = 300_000
+TESTS_SHARE, TRAINING_SHARE = 0.4, 0.4  # of the time limit, at most
+STEP_S = {"losses": 75.0, "training": 150.0}  # without a sign of life, after which a process is ended
+GRACE_S = 45.0  # after the time limit, for what has begun
+SLOWEST_MS = 3000.0  # another's call that is expected to take longer is not made
 
 
 def main(argv: list[str] | None = None) -> int:
-    """argv: the flags, those of the command line if None."""
+    """argv: the flags, those of the command line if None. 1 if a test failed or the backend cannot run."""
     args = _arguments(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.rehearse:
         print("benchmarks.gpu: no CUDA device here; nothing was run and nothing was written")
         return 0
-    from fastclip.backends import triton
+    if not args.rehearse:
+        from fastclip.backends import triton
 
-    reason = triton.why_not(None)
-    if reason is not None:
-        print(f"benchmarks.gpu: the Triton backend cannot run here: {reason}", file=sys.stderr)
-        return 1
-    deadline = time.monotonic() + 60 * args.minutes
-    if args.tests and _run_tests(timeout_s=60 * args.minutes * 0.6):
-        print("benchmarks.gpu: tests failed, nothing is timed", file=sys.stderr)
-        return 1
-    settings = vars(args) | {"scale": LOGIT_SCALE, "cosine": POSITIVE_COSINE}
-    report = {"machine": machine(), "settings": settings, "rows": []}
-    path = args.out or RESULTS / f"{file_stem()}.json"
-    print(f"{'N':>9} {'D':>5} {'dtype':5} {'mode':17} {'peer':28} {'ms':>10} {'TFLOP/s':>8} {'share':>6} {'MiB':>8}")
-    for problem in _problems(args):
-        if time.monotonic() > deadline:
-            report["rows"].append({**problem, "peer": None, "note": "not run: the time limit had passed"})
-            continue
-        for row in run_problem(**problem):
-            report["rows"].append(row)
+        reason = triton.why_not(None)
+        if reason is not None:
+            print(f"benchmarks.gpu: the Triton backend cannot run here: {reason}", file=sys.stderr)
+            return 1
+    suite = Suite(args)
+    if "tests" in args.only:
+        suite.tests()
+    try:
+        suite.benchmarks()
+    finally:
+        suite.close()
+    print(f"Results: {suite.path}")
+    return 1 if suite.report.get("tests", {}).get("note") else 0
+
+
+class Suite:
+    """The tests, then every task in a process that may die; the report is on disk after each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.worker = args, Worker()
+        self.seconds = 60 * args.minutes
+        self.start_s = time.monotonic()
+        settings = vars(args) | {"scale": LOGIT_SCALE, "cosine": POSITIVE_COSINE}
+        self.report = {"machine": machine(), "settings": settings, "rows": [], "training": []}
+        self.path = args.out or RESULTS / f"{file_stem()}.json"
+        self.banned: dict[str, str] = {}
+        self.slow: dict[tuple, tuple[int, float]] = {}
+        self.training_s = 0.0
+
+    def left_s(self) -> float:
+        return self.seconds - (time.monotonic() - self.start_s)
+
+    def tests(self) -> None:
+        timeout_s = self.seconds * (TESTS_SHARE if len(self.args.only) > 1 else 1.0)
+        self.report["tests"] = run_tests(timeout_s, sanitizer=self.args.sanitizer)
+        self._save()
+        if "note" in self.report["tests"]:
+            print(f"benchmarks.gpu: tests: {self.report['tests']['note']}; the benchmark goes on", file=sys.stderr)
+
+    def benchmarks(self) -> None:
+        head = ("N", "D", "dtype", "mode", "peer", "ms", "TFLOP/s", "share", "MiB")
+        print("{:>9} {:>5} {:5} {:17} {:32} {:>10} {:>8} {:>6} {:>8}".format(*head))
+        for task in _tasks(self.args):
+            if isinstance(task, gpu_training.Case):
+                self._training(task)
+            else:
+                self._problem(task)
+            self._save()
+        self._save()
+
+    def close(self) -> None:
+        self.worker.close()
+
+    def _problem(self, problem: dict) -> None:
+        if self.left_s() <= 0:
+            self.report["rows"].append({**problem, "peer": None, "note": "not run: the time limit had passed"})
+            return
+        for row in self._rows(problem):
+            if "ms" in row:
+                self.slow[_series(row)] = (row["n"], row["ms"])
+            self.report["rows"].append(row)
             print(_line(row), flush=True)
-        _save(path, report)
-    _save(path, report)
-    print(f"Results: {path}")
-    return 0
 
-
-def run_problem(n: int, d: int, dtype: str, training: bool) -> list[dict]:
-    """One row a peer: checked, then timed in turn with the others, the ceiling and x @ y.T alone."""
-    from fastclip.benchmarks.gpu_check import CHUNKED_ROWS, TOLERANCE, sampled_error, truth, worst_error
-    from fastclip.benchmarks.gpu_measure import batch, ceiling, interleaved, logits_alone, make_call, peak_mib, tflops
-    from fastclip.benchmarks.gpu_peers import GPU_PEERS
-
-    data = batch(n, d, DTYPES[dtype], scale=LOGIT_SCALE, cosine=POSITIVE_COSINE)
-    expected, rows, calls = {}, [], {}
-    mode = "forward+backward" if training else "forward"
-    base = {"n": n, "d": d, "dtype": dtype, "mode": mode}
-    free_mib = torch.cuda.mem_get_info()[0] / 2**20
-    for name, peer in GPU_PEERS.items():
-        row = {**base, "peer": name, "label": peer.label, "family": peer.family}
-        note = peer.why_not() or _too_large(peer, n, free_mib)
-        if dtype not in peer.dtypes:
-            note = f"it has no {dtype}"
-        if note is None:
+    def _rows(self, problem: dict) -> list[dict]:
+        """Of one problem; a peer that ends the process is left out of the next attempt."""
+        skip = self._skip(problem)
+        for _ in GPU_PEERS:
             try:
-                call = make_call(peer.build(), data, training)
-                found = call()
-                if peer.family not in expected:
-                    small = n <= CHUNKED_ROWS
-                    row["checked_by"] = "float64" if small else f"float64 of {64} rows"
-                    expected[peer.family] = truth(data, peer.family, training) if small else found
-                    first = small or peer.family != "softmax"
-                    row["error"] = worst_error(found, expected[peer.family]) if first else sampled_error(data, found)
-                else:
-                    row["error"] = worst_error(found, expected[peer.family])
-                del found
-                if row["error"] <= TOLERANCE[DTYPES[dtype]]:
-                    row["peak_mib"] = round(peak_mib(call), 1)
-                    calls[name] = call
-                else:
-                    note = f"wrong: relative error {row['error']:.1e}"
-            except (RuntimeError, TypeError, ValueError, ImportError, torch.OutOfMemoryError) as error:
-                note = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}" if str(error) else "failed"
-        if note is not None:
-            row["note"] = note
-        rows.append(row)
-    if not calls:
-        return rows
-    expected.clear()
-    calls["ceiling"] = ceiling(DTYPES[dtype])
-    if not training and n * n * 4 / 2**20 < free_mib / 2:
-        calls["x @ y.T"] = logits_alone(data)
-    times = interleaved(calls, GROUP_MS)
-    rate = tflops(2 * 8192**3, times.pop("ceiling"))
-    if "x @ y.T" in times:
-        rows.append({**base, "peer": "x @ y.T", "label": "x @ y.T alone, stored", "family": "product"})
-    for row in rows:
-        if row["peer"] in times:
-            runs = times[row["peer"]]
-            flop = _flop(row["family"], training) * n * n * d
-            row |= {"ms": round(median(runs), 4), "runs_ms": [round(t, 4) for t in runs]}
-            row |= {"tflops": round(tflops(flop, runs), 1), "ceiling_tflops": round(rate, 1)}
-            row["share"] = round(row["tflops"] / rate, 3)
-            if row["family"] == "softmax" and "triton" in times:
-                paired = [a / b for a, b in zip(runs, times["triton"], strict=True)]
-                row["times_of_fastclip"] = round(median(paired), 3)
-    del calls, data
-    gc.collect()
-    torch.cuda.empty_cache()
-    return rows
+                return self._run("losses", gpu_losses.run_problem, *problem.values(), skip)
+            except RuntimeError as error:
+                return [{**problem, "peer": None, "note": str(error)}]
+            except WorkerDiedError as error:
+                peer, note = error.trying, f"failed: it ended the process ({error})"
+                print(f"benchmarks.gpu: {problem}: {peer or 'start'}: {note}", file=sys.stderr, flush=True)
+                if peer not in GPU_PEERS or self.left_s() <= 0:
+                    return [{**problem, "peer": None, "note": f"{peer or 'start'}: {note}"}]
+                skip[peer] = note
+                if peer not in gpu_losses.OURS.values():
+                    self.banned[peer] = f"not run: it had ended the process at N = {problem['n']:,}, D = {problem['d']}"
+        return [{**problem, "peer": None, "note": "every peer ended the process"}]
+
+    def _skip(self, problem: dict) -> dict[str, str]:
+        """Peers that are not to be run on this problem, and why."""
+        skip = dict(self.banned)
+        n, ours = problem["n"], gpu_losses.OURS.values()
+        for peer in GPU_PEERS.values():
+            if peer.name in ours or peer.name in skip:
+                continue
+            before = self.slow.get((peer.name, problem["d"], problem["dtype"], problem["training"]))
+            if n > PEERS_LARGEST:
+                skip[peer.name] = f"measured up to {PEERS_LARGEST:,} pairs"
+            elif peer.compiles and (n not in COMPILED_SIZES or problem["d"] != self.args.widths[0]):
+                skip[peer.name] = "compiled at the first width and a few sizes alone, to save time"
+            elif before is not None and (expected := before[1] * (n / before[0]) ** 2) > SLOWEST_MS:
+                skip[peer.name] = f"not run: it would take about {expected / 1e3:.0f} s a call"
+        if n > PEERS_LARGEST:
+            skip["sigmoid"] = "the softmax alone at this size"
+        return skip
+
+    def _training(self, case: gpu_training.Case) -> None:
+        start_s = time.monotonic()
+        left_s = min(self.left_s(), TRAINING_SHARE * self.seconds - self.training_s)
+        row = {"way": case.way, "label": gpu_training.LABELS[case.way], "batch": case.batch, "model": case.model}
+        if left_s <= 0:
+            row["note"] = "not run: the time limit had passed"
+        else:
+            try:
+                (row,) = self._run("training", gpu_training.run_case, case, left_s)
+            except RuntimeError as error:
+                row["note"] = str(error)
+            except WorkerDiedError as error:
+                row["note"] = f"failed: {error.trying or 'start'}: {error}"
+        self.training_s += time.monotonic() - start_s
+        self.report["training"].append(row)
+        print(_training_line(row), flush=True)
+
+    def _run(self, part: str, task, *arguments: object) -> list[dict]:
+        until = self.start_s + self.seconds + GRACE_S
+        return self.worker.run(task, *arguments, step_s=STEP_S[part], until=until)
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".new")
+        partial.write_text(json.dumps(self.report, indent=1, default=str) + "\n")
+        partial.replace(self.path)
 
 
 def machine() -> dict:
     """Everything a reader needs to judge or repeat a measurement."""
+    about = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    if not torch.cuda.is_available():
+        return {"gpu": "none, a rehearsal", "memory_gib": 0.0, "driver": None, "triton": None, **about}
     import triton
 
     properties = torch.cuda.get_device_properties(0)
@@ -143,89 +198,84 @@ def machine() -> dict:
         "memory_gib": round(properties.total_memory / 2**30, 1),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "clocks": _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
-        "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **about,
     }
 
 
 def file_stem() -> str:
     """Such as nvidia-h200-2026-01-31."""
-    return f"{_slug(torch.cuda.get_device_name())}-{datetime.now(timezone.utc).date()}"
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "rehearsal"
+    return f"{_slug(name)}-{datetime.now(timezone.utc).date()}"
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="no new problem is begun after this many minutes")
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 256, 768, 1024], help="embedding widths D")
+    parser.add_argument("--minutes", type=float, default=7.0, help="nothing new is begun after this many minutes")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run")
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 768, 1024, 256], help="embedding widths D")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536, 131072, 262144])
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES))
-    parser.add_argument("--no-tests", dest="tests", action="store_false", help="the benchmark alone")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(gpu_losses.DTYPES))
     parser.add_argument("--no-largest", dest="largest", action="store_false", help="leave the million pairs out")
+    parser.add_argument("--sanitizer", action="store_true", help="as tests those under compute-sanitizer alone: slow")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU, in small: figures mean nothing")
     parser.add_argument("--out", type=Path, default=None, help="results file")
     return parser.parse_args(argv)
 
 
-def _problems(args: argparse.Namespace) -> list[dict]:
-    """The headline width first and whole, then the million pairs, then the other widths."""
+def _tasks(args: argparse.Namespace) -> list:
+    """What matters most comes first: some is left over when the time is."""
     first, *others = args.widths
-    sizes = sorted(args.sizes)
-    problems = [_problem(n, first, args.dtypes[0], training) for n in sizes for training in (False, True)]
-    if args.largest:
-        problems.append(_problem(LARGEST, first, args.dtypes[0], True))
-    problems += [_problem(n, d, args.dtypes[0], training) for d in others for n in sizes for training in (False, True)]
-    for dtype in args.dtypes[1:]:
-        problems += [_problem(n, first, dtype, training) for n in sizes for training in (False, True)]
-    return problems
+    core = [n for n in sorted(args.sizes) if n in CORE_SIZES]
+    rest = [n for n in sorted(args.sizes) if n not in CORE_SIZES]
+    losses, training = "losses" in args.only, "training" in args.only
+    tasks: list = _problems(core, [first], args.dtypes[0]) if losses else []
+    tasks += _training_cases(args) if training else []
+    if losses:
+        largest = [{"n": LARGEST, "d": first, "dtype": args.dtypes[0], "training": True}] if args.largest else []
+        tasks += largest + _problems(rest, [first], args.dtypes[0])
+        tasks += _problems(core, others, args.dtypes[0]) + _problems(rest, others, args.dtypes[0])
+        tasks += [problem for dtype in args.dtypes[1:] for problem in _problems(core + rest, [first], dtype)]
+    return tasks
 
 
-def _problem(n: int, d: int, dtype: str, training: bool) -> dict:
-    return {"n": n, "d": d, "dtype": dtype, "training": training}
+def _problems(sizes: list[int], widths: list[int], dtype: str) -> list[dict]:
+    """Arguments of gpu_losses.run_problem, in order."""
+    return [
+        {"n": n, "d": d, "dtype": dtype, "training": training}
+        for d in widths
+        for n in sizes
+        for training in (False, True)
+    ]
 
 
-def _flop(family: str, training: bool) -> int:
-    """FLOP over N^2 D that the loss cannot avoid: S, and in training S again (softmax alone) and two products."""
-    if not training or family == "product":
-        return 2
-    return 8 if family == "softmax" else 6
+def _training_cases(args: argparse.Namespace) -> list[gpu_training.Case]:
+    if args.rehearse:
+        return [gpu_training.small(way) for way in gpu_training.LABELS]
+    return list(gpu_training.CASES)
 
 
-def _too_large(peer, n: int, free_mib: float) -> str | None:
-    needed = peer.matrices * 4 * n * n / 2**20
-    if needed > 0.8 * free_mib:
-        return f"it would need {needed / 1024:.0f} GiB"
-    if n > 300_000 and peer.name != "triton":
-        return "measured up to 262,144 pairs"
-    return None
-
-
-def _run_tests(timeout_s: float) -> int:
-    tests = str(ROOT / "tests" / "kernels" / "gpu")
-    # Its own settings: the suite's conftest and strict warnings ask for packages and versions that may not be here.
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=default", "--durations=5"]
-    command = [sys.executable, "-m", "pytest", *options, "--confcutdir", tests, tests]
-    environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    try:
-        return subprocess.run(command, env=environment, timeout=timeout_s).returncode
-    except subprocess.TimeoutExpired:
-        print(f"benchmarks.gpu: the tests took more than {timeout_s:.0f} s", file=sys.stderr)
-        return 1
+def _series(row: dict) -> tuple:
+    return row["peer"], row["d"], row["dtype"], row["mode"] != "forward"
 
 
 def _line(row: dict) -> str:
-    head = f"{row['n']:9,d} {row['d']:5d} {row['dtype']:5} {row['mode']:17} {row['label']:28}"
+    mode = row.get("mode") or ("forward+backward" if row["training"] else "forward")
+    head = f"{row['n']:9,d} {row['d']:5d} {row['dtype']:5} {mode:17} {row.get('label', ''):32}"
     if "ms" not in row:
         return f"{head} {row.get('note', '')}"
     return f"{head} {row['ms']:10.3f} {row['tflops']:8.1f} {row['share']:6.3f} {row.get('peak_mib', 0):8.0f}"
 
 
-def _save(path: Path, report: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".new").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    path.with_suffix(".new").replace(path)
+def _training_line(row: dict) -> str:
+    head = f"{row['batch']:9,d} {row['model']} {row['label']}:"
+    if "step_ms" not in row:
+        return f"{head} {row['note']}"
+    return (
+        f"{head} {row['images_per_s']:,.0f} images/s, MFU {row['mfu']:.3f}, loss {row['loss_share']:.2%} of "
+        f"{row['step_ms'] / 1e3:.2f} s, peak {(row['peak_mib'] or 0):,} MiB"
+    )
 
 
 def _slug(name: str) -> str:

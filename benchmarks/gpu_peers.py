@@ -1,5 +1,7 @@
 """Who computes the loss on a GPU: fastclip, and the forms of the same loss that people use instead.
 
+Read for these calls: memeff 0.3.1, inf_cl 1.2.1, siglip-kernel 0.1.2, cut-cross-entropy 25.1.1, quack-kernels 0.6.5.
+
 Legend: image, text [N, D] of unit length, scale 0-d float32; every loss is 0-d and equals
 1/2 cross_entropy(S, arange(N)) + 1/2 cross_entropy(S.T, arange(N)) with S = scale * image text^T, but for those of
 family "sigmoid", which equal SigLIP's with bias -10.
@@ -15,11 +17,14 @@ from torch import Tensor
 
 from fastclip import clip_loss, siglip_loss
 from fastclip.benchmarks import peers
+from fastclip.benchmarks.gpu_measure import BACKEND
 from fastclip.benchmarks.problems import LOGIT_SCALE
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 BIAS = -10.0
 CHUNK_ROWS = 4096
+CCE = {"dtypes": ("bf16",), "needs": "cut_cross_entropy", "package": "cut-cross-entropy"}
+SIGLIP = {"needs": "siglip_kernel", "package": "siglip-kernel", "family": "sigmoid"}
 
 
 class _Chunked(torch.autograd.Function):
@@ -79,6 +84,31 @@ def _inf_cl() -> Loss:
     return loss
 
 
+def _cut_cross_entropy(**options: None) -> Loss:
+    """Rows alone, so twice. By default it leaves gradients of small probabilities out; filter_eps=None keeps them."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return _both_ways(functools.partial(linear_cross_entropy, **options))
+
+
+def _quack() -> Loss:
+    """Rows alone, so twice; by itself it takes its Hopper pipeline where that can run."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return _both_ways(chunked_linear_cross_entropy)
+
+
+def _both_ways(cross_entropy: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Loss:
+    """CLIP's loss from two calls of a loss of rows; the scale goes into one operand, rounded to its dtype."""
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        labels = torch.arange(len(image), device=image.device)
+        rows, columns = ((scale * x).to(x.dtype) for x in (image, text))
+        return (cross_entropy(rows, text, labels) + cross_entropy(columns, image, labels)) / 2
+
+    return loss
+
+
 def _siglip_kernel() -> Loss:
     from siglip_kernel import fused_siglip_loss
 
@@ -87,7 +117,7 @@ def _siglip_kernel() -> Loss:
 
 @dataclass(frozen=True)
 class GpuPeer:
-    """matrices: N x N float32 matrices a training step holds. needs: a module that must be importable."""
+    """matrices: N x N float32 matrices a training step holds. needs: a module that must be importable, from package."""
 
     name: str
     label: str
@@ -95,26 +125,32 @@ class GpuPeer:
     matrices: float = 0.0
     dtypes: tuple[str, ...] = ("bf16", "fp32")
     needs: str | None = None
+    package: str | None = None
     family: str = "softmax"
     compiles: bool = False
 
     def why_not(self) -> str | None:
-        """None where it can run here, else the reason."""
+        """None where it can run here, else the reason, with the line that installs it."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
-            return f"{self.needs} is not installed; pip install {self.needs.replace('_', '-')}"
+            return f"{self.needs} is not installed; pip install {self.package or self.needs}"
         if self.name == "linear-cross-entropy" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-            return f"it came with torch 2.13, this is {torch.__version__}"
+            return f'it came with torch 2.13, this is {torch.__version__}; pip install "torch>=2.13"'
         return None
 
 
+def _fastclip() -> Loss:
+    return functools.partial(clip_loss, normalize=False, backend=BACKEND)
+
+
 def _sigmoid(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    return siglip_loss(image, text, scale, BIAS, normalize=False, backend="triton")
+    return siglip_loss(image, text, scale, BIAS, normalize=False, backend=BACKEND)
 
 
+# fastclip comes first in each family: above a size the others are compared with it (gpu_check.py).
 GPU_PEERS = {
     peer.name: peer
     for peer in (
-        GpuPeer("triton", "fastclip triton", lambda: functools.partial(clip_loss, normalize=False, backend="triton")),
+        GpuPeer("triton", "fastclip triton", _fastclip),
         GpuPeer("chunked", "cuBLAS-chunked PyTorch", lambda: _Chunked.apply),
         GpuPeer("dense", "dense, one matmul", lambda: peers.dense, matrices=4),
         GpuPeer("openclip", "OpenCLIP form, two matmuls", lambda: peers.open_clip, matrices=4),
@@ -122,7 +158,10 @@ GPU_PEERS = {
         GpuPeer("linear-cross-entropy", "2 x linear_cross_entropy", lambda: peers.chunked),
         GpuPeer("memeff", "memeff", _memeff, needs="memeff"),
         GpuPeer("inf-cl", "Inf-CL", _inf_cl, needs="inf_cl"),
+        GpuPeer("cce", "2 x cut-cross-entropy, exact", lambda: _cut_cross_entropy(filter_eps=None), **CCE),
+        GpuPeer("cce-filtered", "2 x cut-cross-entropy, default", _cut_cross_entropy, **CCE),
+        GpuPeer("quack", "2 x quack", _quack, dtypes=("bf16",), needs="quack", package="quack-kernels"),
         GpuPeer("sigmoid", "fastclip triton, sigmoid", lambda: _sigmoid, family="sigmoid"),
-        GpuPeer("siglip-kernel", "siglip-kernel", _siglip_kernel, needs="siglip_kernel", family="sigmoid"),
+        GpuPeer("siglip-kernel", "siglip-kernel", _siglip_kernel, **SIGLIP),
     )
 }

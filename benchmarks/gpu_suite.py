@@ -1,4 +1,4 @@
-"""`fastclip bench` on a GPU: the benchmark of `make gpu`, without its tests, in the suite's form."""
+"""`fastclip bench` on a GPU: the benchmarks of `make gpu`, without its tests, in the suite's form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def run(config: Config, folder: Path) -> tuple[Results, Path]:
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here; --device cpu measures the processor")
     path = config.out or new_path(folder, gpu.file_stem())
-    arguments = ["--no-tests", "--out", str(path)]
+    arguments = ["--out", str(path), "--only", "losses"]
+    if not config.quick:
+        arguments.append("training")
     chosen = QUICK if config.quick else {}
     given = {"--sizes": config.sizes, "--dtypes": config.dtypes, "--widths": (config.d, *(config.widths or ()))}
     chosen |= {flag: values for flag, values in given.items() if values and values != (512,)}
