@@ -190,11 +190,18 @@ def test_a_static_embedding():
     agree(got, want, 1e-5)
 
 
-def test_what_cannot_be_mapped_raises(folder):
+def test_gathering_without_processes_is_the_loss_of_this_one():
+    inputs = embeddings(9, 1)
+    settings = {"gather_across_devices": True, "directions": DIRECTIONS[-1]}
+    got, want = (
+        value_and_grads(library.MultipleNegativesRankingLoss(None, **settings), inputs) for library in (ours, theirs)
+    )
+    agree(got, want)
+
+
+def test_what_cannot_be_mapped_raises():
     with pytest.raises(ValueError, match="cos_sim or dot_score, got euclidean_sim"):
         ours.MultipleNegativesRankingLoss(None, similarity_fct=util.euclidean_sim)
-    with pytest.raises(NotImplementedError, match="gather_across_devices"):
-        ours.CachedMultipleNegativesRankingLoss(transformer(folder), gather_across_devices=True)
     with pytest.raises(ValueError, match="one shape"):
         ours.MultipleNegativesRankingLoss(None).compute_loss_from_embeddings([torch.ones(3, 2), torch.ones(4, 2)])
     with pytest.raises(ValueError, match="anchors and positives"):
