@@ -75,7 +75,8 @@ class Suite:
         self.start_s = time.monotonic()
         settings = vars(args) | {"scale": LOGIT_SCALE, "cosine": POSITIVE_COSINE}
         self.report = {"machine": machine(), "settings": settings, "rows": [], "training": []}
-        self.path = args.out or RESULTS / f"{file_stem()}.json"
+        folder = ROOT / "build" if args.rehearse else RESULTS
+        self.path = args.out or folder / f"{file_stem()}.json"
         self.banned: dict[str, str] = {}
         self.slow: dict[tuple, tuple[int, float]] = {}
         self.training_s = 0.0
