@@ -84,12 +84,13 @@ def pairs_step(rank, group, loss: str, mode: str, sizes, x, y, numbers: dict[str
     return got, stats and vars(stats)
 
 
-def only(rank, group, loss: str, mode: str, sizes, x, y, wanted: str) -> Tensor:
-    """The gradient of one of "x", "y" and "scale" where nothing else wants one."""
+def only(rank, group, loss: str, mode: str, sizes, x, y, wanted: str, options: dict) -> Tensor:
+    """The gradient of one of "x", "y" and "scale" where nothing else wants one. options are cut like x."""
     own = rows(sizes, rank)
+    cut = {name: value[own] if isinstance(value, Tensor) else value for name, value in options.items()}
     inputs = {"x": x[own].clone(), "y": y[own].clone(), "scale": torch.tensor(8.0, dtype=x.dtype)}
     inputs[wanted].requires_grad_()
-    getattr(fastclip, loss)(*inputs.values(), group=Sharded(group, mode)).backward()
+    getattr(fastclip, loss)(*inputs.values(), group=Sharded(group, mode), **cut).backward()
     assert all((tensor.grad is not None) == (name == wanted) for name, tensor in inputs.items())
     return inputs[wanted].grad
 

@@ -210,11 +210,19 @@ def test_a_nan_on_one_rank_reaches_every_rank(pool, loss, mode):
     assert torch.equal(torch.cat([share["y"] for share in got]).isnan(), y.grad.isnan())
 
 
+ALONE = {
+    "clip_loss": {},
+    "siglip_loss": {},
+    "info_nce": {"labels": FEW, "symmetric": True},
+    "distill_loss": TEACHER | {"teacher_logit_scale": 20.0},
+}
+
+
 @modes
 @pytest.mark.parametrize("wanted", ["x", "y", "scale"])
-@pytest.mark.parametrize("loss", ["clip_loss", "siglip_loss"])
+@pytest.mark.parametrize("loss", ALONE)
 def test_a_gradient_for_one_input_alone(pool, loss, wanted, mode):
     """As with a locked tower: no rank sends or waits for what nobody wants."""
-    shares = pool.run(only, loss, mode, X_SIZES, X, Y[:N], wanted, world=3)
-    want, _ = in_one_process(loss, Y[:N], {"scale": 8.0}, {})
+    shares = pool.run(only, loss, mode, X_SIZES, X, Y[:N], wanted, ALONE[loss], world=3)
+    want, _ = in_one_process(loss, Y[:N], {"scale": 8.0}, ALONE[loss])
     assert_same(joined([{wanted: share} for share in shares]), {wanted: want[wanted]}, wanted)
