@@ -18,7 +18,15 @@ def from_gpu(content: dict) -> Results:
     runs = {_problem(line): line["runs_ms"] for line in lines if line["peer"] in OURS and "runs_ms" in line}
     rows = [_row(line, runs.get(_problem(line))) for line in lines]
     part = {"settings": content["settings"], "date": content["machine"]["date"], "commit": content["machine"]["commit"]}
-    return Results("gpu", content["machine"], rows, parts=[part])
+    extra = {"training": [_training(line) for line in content["training"]]} if content.get("training") else {}
+    return Results("gpu", content["machine"], rows, extra, [part])
+
+
+def _training(line: dict) -> dict:
+    """A training step, flat."""
+    figures = {"images/s": "images_per_s", "MFU": "mfu", "loss's share": "loss_share", "peak MiB": "peak_mib"}
+    told = {"step": line["label"], "N": line["batch"], **{name: line.get(key) for name, key in figures.items()}}
+    return told | {"note": line.get("note", "")}
 
 
 def _problem(line: dict) -> tuple:
@@ -48,4 +56,6 @@ def _row(line: dict, base_ms: list[float] | None) -> Row:
 def _status(note: str) -> str:
     if "would need" in note or "OutOfMemory" in note:
         return "out of memory"
-    return "wrong" if note.startswith("wrong") else "not run"
+    if note.startswith(("wrong", "failed")):
+        return note.partition(":")[0]
+    return "failed" if note.partition(":")[0].endswith(("Error", "Exception")) else "not run"

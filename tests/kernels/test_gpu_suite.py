@@ -11,8 +11,9 @@ import torch
 
 from benchmarks import gpu, gpu_path, gpu_tables
 from fastclip import backends
-from fastclip.benchmarks import gpu_losses, gpu_tests, gpu_training
+from fastclip.benchmarks import gpu_losses, gpu_tests, gpu_training, report
 from fastclip.benchmarks.gpu_peers import GPU_PEERS
+from fastclip.benchmarks.gpu_rows import from_gpu
 from fastclip.benchmarks.gpu_worker import WorkerDiedError
 from fastclip.tune import TuneConfig, tune
 
@@ -86,6 +87,16 @@ def test_tables_hold_measured_rows_alone(tmp_path):
     assert "| ViT-B/32, 32,768 | GradCache | 4,096 | 0.400 | 0.533 | 1.1% | 40.0 | 1 |" in text
     assert "Not measured: dense at 131,072 (out of memory)." in text
     assert "old" not in text and text.endswith("after\n")
+
+
+def test_a_file_of_the_suite_is_read_like_the_others():
+    notes = {"a": "it would need 64 GiB", "b": "AssertionError: not here", "c": "failed: it ended the process (x)",
+             "d": "wrong: relative error 1.0e+00", "e": "e is not installed; pip install e"}  # fmt: skip
+    rows = [{**RESULTS["rows"][1], "peer": peer, "note": note} for peer, note in notes.items()]
+    found = from_gpu({**RESULTS, "rows": rows, "settings": {}})
+    assert [row.status for row in found.rows] == ["out of memory", "failed", "failed", "wrong", "not run"]
+    assert [line["images/s"] for line in found.extra["training"]] == [4096.0, None]
+    assert "| dense | 131,072 |" in report.named_table(found, "extra-training")
 
 
 def test_a_checkout_imports_without_an_install(monkeypatch, tmp_path):
