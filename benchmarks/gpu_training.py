@@ -241,7 +241,7 @@ class Step:
             "mfu_with_recomputation": round(achieved / rate * 4 / 3, 4),
             "loss_ms": round(loss_ms, 3),
             "loss_share": round(loss_ms / (sum(taken_ms) / steps), 5),
-            "loss": losses[-1].item(),
+            "losses": [round(loss.item(), 6) for loss in losses],  # those of one batch agree, whichever way
             "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if measure.DEVICE == "cuda" else None,
         }
 

@@ -52,6 +52,12 @@ def test_a_case_gives_one_row_of_figures(dtype, from_formula):
     assert row["loss_from"] == "fastclip.clip_loss"
 
 
+def test_the_ways_go_through_the_same_losses(from_formula):
+    rows = [list(gpu_training.run_case(small(way, BATCH, MICRO_BATCH), 1e3))[-1] for way in gpu_training.LABELS]
+    first, *others = (row["losses"][0] for row in rows)
+    assert others == pytest.approx([first] * len(others), rel=1e-3)
+
+
 def test_model_flops_are_three_forward_passes(from_formula):
     from torch.utils.flop_counter import FlopCounterMode
 
