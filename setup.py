@@ -47,7 +47,7 @@ def extensions():
         print("fastclip: torch is not importable here, or FASTCLIP_CPU=0: no CPU kernels are built", file=sys.stderr)
         return []
     # Each isa_*.cpp sets its own target, so that one binary holds all of them and chooses at run time.
-    isas = ["avx512", "avx2", "baseline"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+    isas = ["avx512_bf16", "avx512", "avx2", "baseline"] if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
     return [
         CppExtension(
             "fastclip._C",

@@ -9,9 +9,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import SIZES, assert_close, features, run_python, sizes, truth, value_and_grads
 
-from fastclip import available_backends, clip_loss, ops
+from fastclip import available_backends, clip_loss, ops, siglip_loss
 from fastclip.backends import cpu, eager
 from fastclip.checks import accumulation_dtype
 
@@ -162,7 +163,7 @@ print(json.dumps(result))
 
 
 def test_every_instruction_set_agrees():
-    best, *others = (isa_results(isa) for isa in ("", "avx2", "baseline") if isa != "avx2" or runs("avx2"))
+    best, *others = (isa_results(isa) for isa in ("", "avx512", "avx2", "baseline") if not isa or runs(isa))
     assert "baseline" in others[-1]["name"]
     for other in others:
         for key, values in other.items():
@@ -174,6 +175,32 @@ def test_every_instruction_set_agrees():
             assert (got - want).norm() <= tolerance * want.norm(), key
 
 
+@pytest.mark.parametrize("normalize", [True, False], ids=["normalize", "as-they-come"])
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (7, 3), (193, 17), (1921, 33)], ids=["one", "odd", "block+1", "wave+1"])
+def test_sigmoid_in_bfloat16_is_no_further_off_than_twice_the_dense_loss(n, d, normalize):
+    def dense(x, y, scale, bias, **_options):
+        if normalize:
+            x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        logits = (scale * (x @ y.T) + bias).to(scale.dtype)
+        return -F.logsigmoid(logits * (2 * torch.eye(n, dtype=scale.dtype) - 1)).sum() / n
+
+    def results(loss, dtype):
+        leaves = [v.to(dtype).detach().requires_grad_() for v in (image, text)]
+        numbers = [torch.tensor(v, dtype=accumulation_dtype(dtype), requires_grad=True) for v in (12.0, -5.0)]
+        value = loss(*leaves, *numbers, normalize=normalize, **({} if loss is dense else {"backend": "cpu"}))
+        value.backward()
+        return [value.detach().double(), *(leaf.grad.double() for leaf in leaves + numbers)]
+
+    image, text = features(n, d, "cpu", torch.bfloat16)
+    want = results(dense, torch.float64)
+    names = ("loss", "image", "text", "scale", "bias")
+    for name, g, w, o in zip(
+        names, results(siglip_loss, torch.bfloat16), want, results(dense, torch.bfloat16), strict=True
+    ):
+        ulp = torch.finfo(torch.bfloat16).eps / 2 if name in ("image", "text") else 1e-6
+        assert (g - w).norm() <= 2 * (o - w).norm() + ulp * w.norm(), name
+
+
 def runs(isa: str) -> bool:
     code = "from fastclip.backends import cpu; cpu.why_not(None); cpu.describe()"
     return run_python(code, FASTCLIP_CPU_ISA=isa).returncode == 0
@@ -183,7 +210,10 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     code = "import torch; from fastclip import clip_loss; x = torch.ones(2, 2); clip_loss(x, x, 1.0, backend='cpu')"
     done = run_python(code, FASTCLIP_CPU_ISA="sse9")
     assert done.returncode == 1
-    assert "FASTCLIP_CPU_ISA must be avx512, avx2 or baseline and run on this processor, got sse9" in done.stderr
+    assert (
+        "FASTCLIP_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline and run on this processor, got sse9"
+        in done.stderr
+    )
 
 
 def test_eager_agrees_in_several_chunks(monkeypatch):

@@ -3,6 +3,9 @@
 // G is made in waves of kWave x kWave blocks that stay in the last-level cache: recompute S, one exp, then two plain
 // matrix products. Each entry of dx and dy is added to by one task a wave, in a fixed order: no locks, no per-thread
 // copies, the same bits for any number of threads.
+//
+// Bf16Dot rounds G to bfloat16, all but the positives: the largest entries are added in float at the end. The scale's
+// gradient, a small difference of large sums, is taken from G as it was.
 #pragma once
 #include "similarity.h"
 
@@ -11,20 +14,24 @@ namespace FC_ISA {
 
 constexpr int64_t kPanelsPerTask = 4;  // panels of D a task of the two products takes
 
-// Turns a panel of x^ y^T into G = exp(S - shift) (a + b), d at the positives, 0 beyond M.
-template <class T, bool kOneShift>
-static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t j0, T* panel) {
+// Turns a panel of x^ y^T into G = exp(S - shift) (a + b), d at the positives, 0 beyond M. With Bf16Dot, returns the
+// sum of G_ij <x^_i, y^_j>.
+template <class P, bool kOneShift>
+static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64_t j0, Real<P>* panel) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   typedef typename L::V V;
   constexpr int W = L::kPanel, NV = kVectorsPerPanel;
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   T tail_b[W] = {}, tail_shift[W] = {};
   for (int64_t j = 0; j < smaller(W, S.M - j0); ++j) {
     tail_b[j] = p.b[j0 + j];
     tail_shift[j] = S.col_shift[j0 + j];
   }
+  V slope = {};
   for (int64_t r = 0; r < rows; ++r) {
     T* row = panel + r * W;
+    V dots[NV];
     T by_row[W], by_col[W];  // a and b of the pairs that are negatives
     if (S.mask.row_ids) {
       for (int j = 0; j < W; ++j) {
@@ -34,7 +41,8 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
       drop_non_negatives(S, i0 + r, j0, row, by_row, by_col);
     }
     for (int v = 0; v < NV; ++v) {
-      const V s = rounded(L::load(row + v * L::kLanes) * S.scale);
+      dots[v] = L::load(row + v * L::kLanes);
+      const V s = rounded(dots[v] * S.scale);
       V a = L::fill(p.a[i0 + r]), b = L::load(tail_b + v * L::kLanes);
       if (S.mask.row_ids) {
         a = L::load(by_row + v * L::kLanes);
@@ -53,12 +61,20 @@ static void weigh_panel(const Gradients<T>& p, int64_t i0, int64_t rows, int64_t
     const uint64_t lane = positive_lane(S, i0 + r, j0);
     if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];
     for (int64_t j = S.M - j0; j < W; ++j) row[j] = T(0);
+    if constexpr (Precision<P>::kPair > 1) {
+      V row_slope = {};
+      for (int v = 0; v < NV; ++v) row_slope += L::load(row + v * L::kLanes) * dots[v];
+      slope += row_slope;
+    }
   }
+  return double(sum_of_lanes<T>(slope));
 }
 
 // The same from the entries that the forward pass kept; one shift serves all.
-template <class T>
-static void weigh_entries(const Gradients<T>& p, const T* entries, int64_t i0, int64_t rows, int64_t j0, T* panel) {
+template <class P>
+static void weigh_entries(const Gradients<P>& p, const Real<P>* entries, int64_t i0, int64_t rows, int64_t j0,
+                          Real<P>* panel) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   constexpr int W = L::kPanel, NV = kVectorsPerPanel;
   T tail_b[W] = {};
@@ -89,74 +105,143 @@ static FC_INLINE void add_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], 
   }
 }
 
-// The blocks [i_first, i_last) x [j_first, j_last) of one wave; block (i, j) of G is a panelled [block rows, block columns].
-template <class T>
+// The blocks [i_first, i_last) x [j_first, j_last) of one wave; block (i, j) of G is a panelled [block rows, block
+// columns].
+template <class P>
 struct Wave {
   int64_t i_first, i_last, j_first, j_last;
-  T* data;
-  T* block(int64_t i, int64_t j) const { return data + ((i - i_first) * kWave + (j - j_first)) * kBlock * kBlock; }
+  Real<P>* data;
+  Real<P>* block(int64_t i, int64_t j) const {
+    return data + ((i - i_first) * kWave + (j - j_first)) * kBlock * kBlock;
+  }
+  // G as add_dx reads it, and as add_dy does: the same numbers twice where they lie in pairs.
+  Stored<P>* rows(int64_t i, int64_t j) const { return reinterpret_cast<Stored<P>*>(block(i, j)); }
+  Stored<P>* pairs(int64_t i, int64_t j) const { return rows(i, j) + (Precision<P>::kPair - 1) * kBlock * kBlock; }
 };
 
-template <class T>
-static void weigh_wave(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<T>::kPanel, kPanels = kBlock / W;
+// A panel of G on its way into a wave: computed in place, or beside it where it is stored as another type.
+template <class P>
+static FC_INLINE Real<P>* panel_of(const Wave<P>& wave, int64_t i, int64_t j, int64_t offset, Real<P>* scratch) {
+  return Precision<P>::kPair == 1 ? wave.block(i, j) + offset : scratch;
+}
+
+// Stores panel `panel` of G's block (i, j), if it is not there yet, and sets its positives aside.
+template <class P>
+static void store_panel(const Gradients<P>& p, const Wave<P>& wave, int64_t i, int64_t j, int64_t panel, Real<P>* g) {
+  if constexpr (Precision<P>::kPair > 1) {
+    typedef Simd<Real<P>> L;
+    typedef Operands<P> O;
+    constexpr int64_t W = L::kPanel;
+    const Similarity<P>& S = p.S;
+    const int64_t i0 = i * kBlock, rows = smaller(kBlock, S.N - i0), j0 = panel * W, offset = j0 - j * kBlock;
+    Stored<P>*by_row = wave.rows(i, j) + offset * rows, *by_pair = wave.pairs(i, j) + offset * whole_pairs<P>(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint64_t lane = positive_lane(S, i0 + r, j0);
+      if (lane >= uint64_t(W)) continue;
+      p.positive_g[i0 + r] = g[r * W + lane];
+      g[r * W + lane] = Real<P>(0);
+    }
+    apply_factors(S, i0, rows, j0, g);
+    for (int64_t r = 0; r < rows; r += 2) {
+      for (int v = 0; v < kVectorsPerPanel; ++v) {
+        const int64_t at = r * W + v * L::kLanes;
+        const auto first = O::narrow(L::load(g + at));
+        const auto second = O::narrow(r + 1 < rows ? L::load(g + at + W) : typename L::V{});
+        O::store(by_row + at, first);
+        if (r + 1 < rows) O::store(by_row + at + W, second);
+        O::store_pairs(by_pair + pair_index<P>(r, v * L::kLanes), first, second);
+      }
+    }
+  }
+}
+
+template <class P>
+static void weigh_wave(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel, kPanels = kBlock / W;
   const int64_t columns = wave.j_last - wave.j_first;
   parallel(run, (wave.i_last - wave.i_first) * columns, [&](int64_t task) {
+    alignas(kVectorBytes) Real<P> scratch[Precision<P>::kPair == 1 ? 1 : kBlock * W];
     const int64_t i = wave.i_first + task / columns, j = wave.j_first + task % columns;
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
+    double slope = 0.0;
     for (int64_t panel = j * kPanels; panel < smaller((j + 1) * kPanels, ceil_div(p.S.M, W)); ++panel) {
-      T* out = wave.block(i, j) + (panel - j * kPanels) * rows * W;
+      Real<P>* out = panel_of(wave, i, j, (panel - j * kPanels) * rows * W, scratch);
       if (p.entries) {
         weigh_entries(p, p.entries + entries_index(p.S, i, panel), i * kBlock, rows, panel * W, out);
-        continue;
+      } else {
+        dot_panel(p.S, i, panel, out);
+        const auto weigh = p.S.one_shift ? weigh_panel<P, true> : weigh_panel<P, false>;
+        slope += weigh(p, i * kBlock, rows, panel * W, out);
       }
-      dot_panel(p.S, i, panel, out);
-      const auto weigh = p.S.one_shift ? weigh_panel<T, true> : weigh_panel<T, false>;
-      weigh(p, i * kBlock, rows, panel * W, out);
+      store_panel(p, wave, i, j, panel, out);
+    }
+    if (p.slope) p.slope[1 + task] = slope;
+  });
+  // In order, whichever thread came first.
+  for (int64_t task = 0; p.slope && task < (wave.i_last - wave.i_first) * columns; ++task)
+    p.slope[0] += p.slope[1 + task];
+}
+
+// The rows of y^ that the wave meets, out of y_columns: a panel [kPanel columns of y^, kPanel of D] at a time, turned.
+template <class P>
+static void turn_columns(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  const int64_t D = p.S.D, depth = whole_pairs<P>(D), padded = ceil_div(D, W) * W;
+  parallel(run, wave.j_last - wave.j_first, [&](int64_t task) {
+    const int64_t j0 = (wave.j_first + task) * kBlock, rows = smaller(kBlock, p.S.M - j0);
+    for (int64_t k0 = 0; k0 < padded; k0 += W) {
+      Stored<P>* out = p.y_wave + task * kBlock * padded + k0 * whole_pairs<P>(rows);
+      const int64_t count = smaller(W, D - k0);
+      for (int64_t r0 = 0; r0 < rows; r0 += W) {
+        const Stored<P>* in = p.S.y_columns + (j0 + r0) * depth + k0 * W;
+        for (int64_t r = 0; r < smaller(W, rows - r0); ++r) {
+          for (int64_t k = 0; k < count; ++k) out[pair_index<P>(r0 + r, k)] = in[pair_index<P>(k, r)];
+          for (int64_t k = count; k < W; ++k) out[pair_index<P>(r0 + r, k)] = {};
+        }
+      }
+      for (int64_t r = rows; r < whole_pairs<P>(rows); ++r) {
+        for (int64_t k = 0; k < W; ++k) out[pair_index<P>(r, k)] = {};
+      }
     }
   });
 }
 
-// The rows of y^ that the wave meets, out of y_columns: a panel [kPanel columns of y^, kPanel of D] at a time, turned.
-template <class T>
-static void turn_columns(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<T>::kPanel;
-  const int64_t D = p.S.D, padded = ceil_div(D, W) * W;
-  parallel(run, wave.j_last - wave.j_first, [&](int64_t task) {
-    const int64_t j0 = (wave.j_first + task) * kBlock, rows = smaller(kBlock, p.S.M - j0);
+// x_pairs: the rows of x^, side by side.
+template <class P>
+static void pair_rows(const Gradients<P>& p, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  const int64_t padded = ceil_div(p.S.D, W) * W;
+  parallel(run, ceil_div(p.S.N, kBlock), [&](int64_t block) {
+    const int64_t i0 = block * kBlock, rows = smaller(kBlock, p.S.N - i0), whole = whole_pairs<P>(rows);
     for (int64_t k0 = 0; k0 < padded; k0 += W) {
-      T* out = p.y_wave + task * kBlock * padded + k0 * rows;
-      const int64_t count = smaller(W, D - k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += W) {
-        const T* in = p.S.y_columns + (j0 + r0) * D + k0 * W;
-        for (int64_t r = 0; r < smaller(W, rows - r0); ++r) {
-          for (int64_t k = 0; k < count; ++k) out[(r0 + r) * W + k] = in[k * W + r];
-          for (int64_t k = count; k < W; ++k) out[(r0 + r) * W + k] = T(0);
-        }
+      const Stored<P>* in = p.S.x_rows + i0 * padded + k0 * rows;
+      Stored<P>* out = p.x_pairs + i0 * padded + k0 * whole;
+      for (int64_t r = 0; r < whole; ++r) {
+        for (int64_t k = 0; k < W; ++k) out[pair_index<P>(r, k)] = r < rows ? in[r * W + k] : Stored<P>{};
       }
     }
   });
 }
 
 // dx of the wave's rows += G Y
-template <class T>
-static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<T>::kPanel;
+template <class P>
+static void add_dx(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
   const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
   parallel(run, (wave.i_last - wave.i_first) * groups, [&](int64_t task) {
     const int64_t i = wave.i_first + task / groups, first = task % groups * kPanelsPerTask;
     const int64_t i0 = i * kBlock, rows = smaller(kBlock, p.S.N - i0);
     for (int64_t j = wave.j_first; j < wave.j_last; ++j) {
-      const int64_t j0 = j * kBlock, depth = smaller(kBlock, p.S.M - j0);
-      const T* g = wave.block(i, j);
+      const int64_t j0 = j * kBlock, depth = whole_pairs<P>(smaller(kBlock, p.S.M - j0));
+      const Stored<P>* g = wave.rows(i, j);
       for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
-        const T* block = p.Y ? p.Y + j0 * padded : p.y_wave + (j - wave.j_first) * kBlock * padded;
-        const T* y = block + panel * depth * W;
+        const Stored<P>* block = p.Y ? p.Y + j0 * padded : p.y_wave + (j - wave.j_first) * kBlock * padded;
+        const Stored<P>* y = block + panel * depth * W;
         for_row_tiles(rows, [&](int64_t r, auto count) {
           constexpr int R = decltype(count)::value;
-          typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
-          multiply<T, R>(WalkRows{}, g + r * W, rows, y, depth, acc);
-          add_tile<T, R>(acc, p.dx + (i0 + r) * padded + panel * W, padded);
+          typename Simd<Real<P>>::V acc[R][kVectorsPerPanel] = {};
+          multiply<P, R>(WalkRows{}, g + r * W, rows, y, depth, acc);
+          add_tile<Real<P>, R>(acc, p.dx + (i0 + r) * padded + panel * W, padded);
         });
       }
     }
@@ -164,24 +249,25 @@ static void add_dx(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
 }
 
 // dy of the wave's columns += G^T X
-template <class T>
-static void add_dy(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<T>::kPanel;
+template <class P>
+static void add_dy(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel, kPair = Precision<P>::kPair;
   const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
+  const Stored<P>* X = kPair == 1 ? p.X : p.x_pairs;
   parallel(run, (wave.j_last - wave.j_first) * groups, [&](int64_t task) {
     const int64_t j = wave.j_first + task / groups, first = task % groups * kPanelsPerTask;
     const int64_t j0 = j * kBlock, columns = smaller(kBlock, p.S.M - j0);
     for (int64_t i = wave.i_first; i < wave.i_last; ++i) {
-      const int64_t i0 = i * kBlock, depth = smaller(kBlock, p.S.N - i0);
+      const int64_t i0 = i * kBlock, depth = whole_pairs<P>(smaller(kBlock, p.S.N - i0));
       for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
-        const T* x = p.X + i0 * padded + panel * depth * W;
+        const Stored<P>* x = X + i0 * padded + panel * depth * W;
         for (int64_t c = 0; c < columns; c += W) {
-          const T* g = wave.block(i, j) + c * depth;
+          const Stored<P>* g = wave.pairs(i, j) + c * depth;
           for_row_tiles(smaller(W, columns - c), [&](int64_t r, auto count) {
             constexpr int R = decltype(count)::value;
-            typename Simd<T>::V acc[R][kVectorsPerPanel] = {};
-            multiply<T, R>(WalkColumns{}, g + r, depth, x, depth, acc);
-            add_tile<T, R>(acc, p.dy + (j0 + c + r) * padded + panel * W, padded);
+            typename Simd<Real<P>>::V acc[R][kVectorsPerPanel] = {};
+            multiply<P, R>(WalkColumns{}, g + r * kPair, depth, x, depth, acc);
+            add_tile<Real<P>, R>(acc, p.dy + (j0 + c + r) * padded + panel * W, padded);
           });
         }
       }
@@ -189,26 +275,59 @@ static void add_dy(const Gradients<T>& p, const Wave<T>& wave, ParallelFor run) 
   });
 }
 
-// Calls f(wave) on every wave, those that share Y's rows one after the other.
-template <class T, class F>
-static FC_INLINE void for_waves(const Gradients<T>& p, ParallelFor run, const F& f) {
-  const int64_t row_blocks = ceil_div(p.S.N, kBlock), col_blocks = ceil_div(p.S.M, kBlock);
-  for (int64_t j = 0; j < col_blocks; j += kWave) {
-    for (int64_t i = 0; i < row_blocks; i += kWave) {
-      const Wave<T> wave = {i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave};
-      if (p.dx && !p.Y && i == 0) turn_columns(p, wave, run);
-      f(wave);
+// The positives that store_panel set aside: dx_i += g_i y_p and dy_p += g_i x_i, p = positive_i, both without the
+// factor that dx and dy still lack. A task owns its rows of dx, or its columns of dy: the sums keep their order.
+template <class P>
+static void add_positives(const Gradients<P>& p, ParallelFor run) {
+  typedef Real<P> T;
+  constexpr int64_t W = Simd<T>::kPanel;
+  const Similarity<P>& S = p.S;
+  const int64_t blocks = p.dx ? ceil_div(S.N, kBlock) : 0, panels = ceil_div(S.D, W), padded = panels * W;
+  const auto weight = [&](int64_t i) {
+    return S.x_factor ? p.positive_g[i] * (S.x_factor[i] * S.y_factor[S.positive[i]]) : p.positive_g[i];
+  };
+  parallel(run, blocks + (p.dy ? panels : 0), [&](int64_t task) {
+    if (task < blocks) {
+      for (int64_t i = task * kBlock; i < smaller((task + 1) * kBlock, S.N); ++i) {
+        const int64_t j = S.positive[i];
+        const Stored<P>* y = S.y_columns + j / W * W * whole_pairs<P>(S.D);
+        const T g = weight(i);
+        for (int64_t k = 0; k < S.D; ++k) p.dx[i * padded + k] += g * widen(y[pair_index<P>(k, j % W)]);
+      }
+      return;
     }
-  }
+    const int64_t k0 = (task - blocks) * W;
+    for (int64_t i = 0; i < S.N; ++i) {
+      const int64_t i0 = i / kBlock * kBlock, rows = smaller(kBlock, S.N - i0);
+      const Stored<P>* x = S.x_rows + i0 * padded + k0 * rows + (i - i0) * W;
+      T* dy = p.dy + S.positive[i] * padded + k0;
+      const T g = weight(i);
+      for (int64_t k = 0; k < W; ++k) dy[k] += g * widen(x[k]);
+    }
+  });
 }
 
-template <class T>
-static void gradients(const Gradients<T>& p, ParallelFor run) {
-  for_waves(p, run, [&](const Wave<T>& wave) {
-    weigh_wave(p, wave, run);
-    if (p.dx) add_dx(p, wave, run);
-    if (p.dy) add_dy(p, wave, run);
-  });
+// Calls make(wave), which fills a wave with G, and adds its products, wave after wave: those that share Y's rows follow
+// each other.
+template <class P, class F>
+static FC_INLINE void for_waves(const Gradients<P>& p, ParallelFor run, const F& make) {
+  const int64_t row_blocks = ceil_div(p.S.N, kBlock), col_blocks = ceil_div(p.S.M, kBlock);
+  if (Precision<P>::kPair > 1 && p.dy) pair_rows(p, run);
+  for (int64_t j = 0; j < col_blocks; j += kWave) {
+    for (int64_t i = 0; i < row_blocks; i += kWave) {
+      const Wave<P> wave = {i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave};
+      if (p.dx && !p.Y && i == 0) turn_columns(p, wave, run);
+      make(wave);
+      if (p.dx) add_dx(p, wave, run);
+      if (p.dy) add_dy(p, wave, run);
+    }
+  }
+  if constexpr (Precision<P>::kPair > 1) add_positives(p, run);
+}
+
+template <class P>
+static void gradients(const Gradients<P>& p, ParallelFor run) {
+  for_waves(p, run, [&](const Wave<P>& wave) { weigh_wave(p, wave, run); });
 }
 
 }  // namespace FC_ISA

@@ -14,13 +14,14 @@ constexpr int64_t kFlush = 16;
 // Rows summed into a column's float before that goes to a second one: short sums keep their rounding small.
 constexpr int64_t kRun = 16;
 
-template <class T, bool kOneShift>
-static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, const T* dots, T* entries, T* row_lanes,
-                      double* col_partial) {
+template <class P, bool kOneShift>
+static void sum_panel(const Sums<P>& p, int64_t i0, int64_t rows, int64_t j0, const Real<P>* dots, Real<P>* entries,
+                      Real<P>* row_lanes, double* col_partial) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   typedef typename L::V V;
   constexpr int W = L::kPanel, NV = kVectorsPerPanel;
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   V col[NV] = {}, col_run[NV] = {}, col_shift[NV];
   T tail_shift[W] = {};  // col_shift, with zeros beyond M
   for (int64_t j = 0; j < smaller(W, S.M - j0); ++j) tail_shift[j] = S.col_shift[j0 + j];
@@ -71,14 +72,16 @@ static void sum_panel(const Sums<T>& p, int64_t i0, int64_t rows, int64_t j0, co
   }
 }
 
-template <class T>
-static void sum_task(const Sums<T>& p, const Task& t) {
+template <class P>
+static void sum_task(const Sums<P>& p, const Task& t) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   constexpr int W = L::kPanel;
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   double* row_partial = p.row_partial + t.col_group * S.N;
   double* col_partial = p.col_partial + t.row_group * S.M;
-  T dots[kBlock * W], row_lanes[kBlock * L::kLanes];
+  alignas(kVectorBytes) T dots[kBlock * W];
+  alignas(kVectorBytes) T row_lanes[kBlock * L::kLanes];
   for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = 0.0;
 
   for (int64_t block = t.first_block; block < t.last_block; ++block) {
@@ -88,7 +91,7 @@ static void sum_task(const Sums<T>& p, const Task& t) {
       for (int64_t i = 0; i < rows * L::kLanes; ++i) row_lanes[i] = T(0);
       for (int64_t panel = first; panel < smaller(first + kFlush, t.last_panel); ++panel) {
         dot_panel(S, block, panel, dots);
-        const auto sum = S.one_shift ? sum_panel<T, true> : sum_panel<T, false>;
+        const auto sum = S.one_shift ? sum_panel<P, true> : sum_panel<P, false>;
         T* entries = p.entries ? p.entries + entries_index(S, block, panel) : nullptr;
         sum(p, i0, rows, panel * W, dots, entries, row_lanes, col_partial);
       }
@@ -99,31 +102,32 @@ static void sum_task(const Sums<T>& p, const Task& t) {
   }
 }
 
-template <class T>
-static void sums(const Sums<T>& p, ParallelFor run) {
+template <class P>
+static void sums(const Sums<P>& p, ParallelFor run) {
   parallel(run, p.row_groups * p.col_groups,
            [&p](int64_t i) { sum_task(p, task_of(p.S, i, p.row_groups, p.col_groups)); });
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   for (int64_t i = 0; i < S.N; ++i) {
     double total = 0.0;
     for (int64_t g = 0; g < p.col_groups; ++g) total += p.row_partial[g * S.N + i];
-    p.row_sum[i] = T(total);
+    p.row_sum[i] = Real<P>(total);
   }
   for (int64_t j = 0; j < S.M; ++j) {
     double total = 0.0;
     for (int64_t g = 0; g < p.row_groups; ++g) total += p.col_partial[g * S.M + j];
-    p.col_sum[j] = T(total);
+    p.col_sum[j] = Real<P>(total);
   }
 }
 
-template <class T>
-static void maxima_task(const Maxima<T>& p, const Task& t) {
+template <class P>
+static void maxima_task(const Maxima<P>& p, const Task& t) {
+  typedef Real<P> T;
   constexpr int W = Simd<T>::kPanel;
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   const T lowest = -T(__builtin_inf());
   T* row_partial = p.row_partial + t.col_group * S.N;
   T* col_partial = p.col_partial + t.row_group * S.M;
-  T dots[kBlock * W];
+  alignas(kVectorBytes) T dots[kBlock * W];
   for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = lowest;
 
   for (int64_t block = t.first_block; block < t.last_block; ++block) {
@@ -146,11 +150,12 @@ static void maxima_task(const Maxima<T>& p, const Task& t) {
   }
 }
 
-template <class T>
-static void maxima(const Maxima<T>& p, ParallelFor run) {
+template <class P>
+static void maxima(const Maxima<P>& p, ParallelFor run) {
+  typedef Real<P> T;
   parallel(run, p.row_groups * p.col_groups,
            [&p](int64_t i) { maxima_task(p, task_of(p.S, i, p.row_groups, p.col_groups)); });
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   for (int64_t i = 0; i < S.N; ++i) {
     p.row_max[i] = p.row_partial[i];
     for (int64_t g = 1; g < p.col_groups; ++g) {

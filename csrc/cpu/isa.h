@@ -11,8 +11,7 @@ namespace FC_ISA {
 
 template <class T>
 static Kernels<T> kernels() {
-  return {Simd<T>::kPanel, pack<T>,      sums<T>,    maxima<T>, pair_scores<T>,
-          ranks<T>,        gradients<T>, sigmoid<T>, finish<T>};
+  return {Simd<T>::kPanel, pack<T>, sums<T>, maxima<T>, pair_scores<T>, ranks<T>, gradients<T>, sigmoid<T>, finish<T>};
 }
 
 }  // namespace FC_ISA

@@ -13,7 +13,7 @@
 #include "isa.h"
 
 namespace fastclip {
-Isa isa_avx2() { return {"avx2", avx2::kernels<float>(), avx2::kernels<double>()}; }
+Isa isa_avx2() { return {"avx2", avx2::kernels<float>(), avx2::kernels<double>(), {}}; }
 }  // namespace fastclip
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,7 +3,8 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")
 #endif
@@ -13,7 +14,7 @@
 #include "isa.h"
 
 namespace fastclip {
-Isa isa_avx512() { return {"avx512", avx512::kernels<float>(), avx512::kernels<double>()}; }
+Isa isa_avx512() { return {"avx512", avx512::kernels<float>(), avx512::kernels<double>(), {}}; }
 }  // namespace fastclip
 #if defined(__clang__)
 #pragma clang attribute pop

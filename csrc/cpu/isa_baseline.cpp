@@ -5,5 +5,5 @@
 #include "isa.h"
 
 namespace fastclip {
-Isa isa_baseline() { return {"baseline", baseline::kernels<float>(), baseline::kernels<double>()}; }
+Isa isa_baseline() { return {"baseline", baseline::kernels<float>(), baseline::kernels<double>(), {}}; }
 }  // namespace fastclip

@@ -18,9 +18,9 @@ static void pair_scores(const Similarity<T>& S, const int64_t* rows, const int64
       const int64_t i0 = rows[n] / kBlock * kBlock, block_rows = smaller(kBlock, S.N - i0);
       const T* x = S.x_rows + i0 * (ceil_div(S.D, W) * W) + (rows[n] - i0) * W;
       const T* y = S.y_columns + cols[n] / W * W * S.D;
-      T dots[W];
-      for (int64_t k = 0; k < S.D; k += kDepth) {
-        dot_stretch<T, 1>(x + k * block_rows, block_rows, y + k * W, smaller(kDepth, S.D - k), k == 0, dots);
+      alignas(kVectorBytes) T dots[W];
+      for (int64_t k = 0; k < S.D; k += kDepth<T>) {
+        dot_stretch<T, 1>(x + k * block_rows, block_rows, y + k * W, smaller(kDepth<T>, S.D - k), k == 0, dots);
       }
       out[n] = dots[cols[n] % W] * S.scale;
     }
@@ -35,7 +35,7 @@ static void rank_task(const Ranks<T>& p, const Task& t) {
   const Similarity<T>& S = p.S;
   int64_t* row_partial = p.row_partial + t.col_group * S.N;
   int64_t* col_partial = p.col_partial + t.row_group * S.M;
-  T dots[kBlock * W];
+  alignas(kVectorBytes) T dots[kBlock * W];
   for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = 0;
 
   for (int64_t block = t.first_block; block < t.last_block; ++block) {

@@ -37,8 +37,9 @@ static double loss_of(const RowTotal<T>& total) {
 }
 
 // A row's panel where every pair is a negative: dots -> sigmoid(S + bias) * weight.
-template <class T>
-static FC_INLINE void sigmoid_plain(const Sigmoid<T>& p, T weight, T* row, RowTotal<T>& total) {
+template <class P>
+static FC_INLINE void sigmoid_plain(const Sigmoid<P>& p, Real<P> weight, Real<P>* row, RowTotal<Real<P>>& total) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   for (int v = 0; v < kVectorsPerPanel; ++v) {
     const auto g = add_losses<T>(L::load(row + v * L::kLanes) * p.S.scale + p.bias, total);
@@ -48,12 +49,13 @@ static FC_INLINE void sigmoid_plain(const Sigmoid<T>& p, T weight, T* row, RowTo
 }
 
 // The same where some pairs are positives (the loss is softplus(-s), its derivative -sigmoid(-s)) or left out.
-template <class T>
-static void sigmoid_mixed(const Sigmoid<T>& p, int64_t i, int64_t j0, T* row, RowTotal<T>& total) {
+template <class P>
+static void sigmoid_mixed(const Sigmoid<P>& p, int64_t i, int64_t j0, Real<P>* row, RowTotal<Real<P>>& total) {
+  typedef Real<P> T;
   typedef Simd<T> L;
   typedef typename L::V V;
   constexpr int W = L::kPanel;
-  const Similarity<T>& S = p.S;
+  const Similarity<P>& S = p.S;
   const int64_t cols = smaller(W, S.M - j0);
   T sign[W], used[W];  // -z_ij, and 0 for pairs left out
   for (int j = 0; j < W; ++j) {
@@ -81,10 +83,12 @@ static void sigmoid_mixed(const Sigmoid<T>& p, int64_t i, int64_t j0, T* row, Ro
   }
 }
 
-// Turns a block of x^ y^T, panels [first, last), into G_ij = w_i dloss_ij/dS_ij; writes each row's loss and sum of G / w.
-template <class T>
-static void sigmoid_block(const Sigmoid<T>& p, int64_t i0, int64_t rows, int64_t first, int64_t last, T* block,
+// Turns a block of x^ y^T, panels [first, last), into G_ij = w_i dloss_ij/dS_ij; writes each row's loss and sum of G /
+// w.
+template <class P>
+static void sigmoid_block(const Sigmoid<P>& p, int64_t i0, int64_t rows, int64_t first, int64_t last, Real<P>* block,
                           double* loss, double* slope) {
+  typedef Real<P> T;
   constexpr int W = Simd<T>::kPanel;
   for (int64_t r = 0; r < rows; ++r) {
     RowTotal<T> total;
@@ -105,19 +109,23 @@ static void sigmoid_block(const Sigmoid<T>& p, int64_t i0, int64_t rows, int64_t
 }
 
 // One block row of a wave is one task: its rows' sums grow in a fixed order.
-template <class T>
-static void sigmoid_wave(const Sigmoid<T>& p, const Wave<T>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<T>::kPanel, kPanels = kBlock / W;
+template <class P>
+static void sigmoid_wave(const Sigmoid<P>& p, const Gradients<P>& products, const Wave<P>& wave, ParallelFor run) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel, kPanels = kBlock / W;
   const int64_t blocks = wave.i_last - wave.i_first;
   parallel(run, blocks * (wave.j_last - wave.j_first), [&](int64_t task) {
+    alignas(kVectorBytes) Real<P> scratch[Precision<P>::kPair == 1 ? 1 : kBlock * kBlock];
     const int64_t i = wave.i_first + task % blocks, j = wave.j_first + task / blocks;
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
     // Each block of a wave has its own partial sums; they are added in order afterwards.
     double* loss = p.partial + 2 * (j - wave.j_first) * p.S.N;
     const int64_t first = j * kPanels, last = smaller((j + 1) * kPanels, ceil_div(p.S.M, W));
-    T* block = wave.block(i, j);
+    Real<P>* block = panel_of(wave, i, j, 0, scratch);
     for (int64_t panel = first; panel < last; ++panel) dot_panel(p.S, i, panel, block + (panel - first) * rows * W);
     sigmoid_block(p, i * kBlock, rows, first, last, block, loss, loss + p.S.N);
+    for (int64_t panel = first; panel < last; ++panel) {
+      store_panel(products, wave, i, j, panel, block + (panel - first) * rows * W);
+    }
   });
   for (int64_t j = 0; j < wave.j_last - wave.j_first; ++j) {
     const double* loss = p.partial + 2 * j * p.S.N;
@@ -128,15 +136,11 @@ static void sigmoid_wave(const Sigmoid<T>& p, const Wave<T>& wave, ParallelFor r
   }
 }
 
-template <class T>
-static void sigmoid(const Sigmoid<T>& p, ParallelFor run) {
-  const Gradients<T> products = {p.S,     nullptr, p.S.x_rows, nullptr,  p.S.D, nullptr,
-                                 nullptr, nullptr, p.wave,     p.y_wave, p.dx,  p.dy};
-  for_waves(products, run, [&](const Wave<T>& wave) {
-    sigmoid_wave(p, wave, run);
-    if (p.dx) add_dx(products, wave, run);
-    if (p.dy) add_dy(products, wave, run);
-  });
+template <class P>
+static void sigmoid(const Sigmoid<P>& p, ParallelFor run) {
+  const Gradients<P> products = {p.S,    nullptr,   p.S.x_rows, nullptr,      p.S.D, nullptr, nullptr, nullptr,
+                                 p.wave, p.x_pairs, p.y_wave,   p.positive_g, p.dx,  p.dy,    nullptr};
+  for_waves(products, run, [&](const Wave<P>& wave) { sigmoid_wave(p, products, wave, run); });
 }
 
 }  // namespace FC_ISA

@@ -4,7 +4,7 @@
 // target that the including file has set. No standard library is included here, so that no inline function compiled
 // for a newer instruction set can be picked by the linker for an older one.
 #pragma once
-#include <cstdint>
+#include "problem.h"
 
 #if defined(__clang__)
 #define FC_UNROLL _Pragma("unroll")
@@ -53,23 +53,22 @@ static FC_INLINE V rounded(V v) {
 static FC_INLINE Simd<float>::V exp_minus(Simd<float>::V s, Simd<float>::V shift) {
   typedef Simd<float>::V V;
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
-  V x = s - shift;
-  x = x < -86.0f ? Simd<float>::fill(-86.0f) : x;
+  const V lowest = shift - 86.0f;
+  s = s < lowest ? lowest : s;
+  const V x = s - shift;
   const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const V shifted = x * 1.44269504f + round;
   const V n = shifted - round;
   const V exact = n * 0.693359375f + shift;
   V r = s - exact;
   r = r - n * -2.12194440e-4f;
-  r = r < -0.36f ? Simd<float>::fill(-0.36f) : r;
   V p = r * 0.0013814539415761828f + 0.00836874544620514f;  // minimax on [-ln2/2, ln2/2], 3e-9
   p = p * r + 0.04166838899254799f;
   p = p * r + 0.1666652113199234f;
   p = p * r + 0.4999999403953552f;
   p = p * (r * r) + r;
-  p = p + 1.0f;
-  const I power = ((I)shifted << 23) + (127 << 23);
-  return p * (V)power;
+  const V power = (V)(((I)shifted << 23) + (127 << 23));
+  return p * power + power;
 }
 
 // float64 takes the C library's exp, lane by lane: plain and accurate.
@@ -81,53 +80,66 @@ static FC_INLINE Simd<double>::V exp_minus(Simd<double>::V s, Simd<double>::V sh
 }
 
 // A matrix [rows, cols] in panels: element (i, j) at [j / kPanel][i][j % kPanel], the last panel padded with zeros.
-template <class T>
-static FC_INLINE int64_t panel_index(int64_t rows, int64_t i, int64_t j) {
-  constexpr int W = Simd<T>::kPanel;
-  return (j / W) * rows * W + i * W + j % W;
+// Where it is multiplied along its rows, kPair of them lie side by side and their number is rounded up: element (i, j)
+// of a panel is at [i / kPair][j][i % kPair].
+template <class P>
+static FC_INLINE int64_t whole_pairs(int64_t rows) {
+  return (rows + Precision<P>::kPair - 1) / Precision<P>::kPair * Precision<P>::kPair;
 }
 
-// acc[r][v] += sum_k A(r, k) B[k][v], k < depth, with B one panel [depth][kPanel].
+template <class P>
+static FC_INLINE int64_t pair_index(int64_t i, int64_t j) {
+  constexpr int kPair = Precision<P>::kPair;
+  return (i / kPair * Simd<Real<P>>::kPanel + j) * kPair + i % kPair;
+}
+
+// What one instruction of a matrix product takes: kPair elements of A, the same for all lanes, and kPair for each lane
+// of B.
+template <class P>
+struct Operands {
+  typedef typename Simd<P>::V V;
+  static FC_INLINE P one(const P* a) { return *a; }
+  static FC_INLINE V lanes(const P* b) { return Simd<P>::load(b); }
+  static FC_INLINE V add_product(V sum, P a, V b) { return sum + a * b; }
+};
+
+// acc[r][v] += sum_k A(r, k) B[k][v], k < depth, with B one panel [depth][kPanel] that is multiplied along its rows.
 // WalkRows:    A(r, k) are rows of a panelled matrix with `rows` rows: k runs along its columns.
-// WalkColumns: A(r, k) are columns of one panel: k runs down its rows.
+// WalkColumns: A(r, k) are columns of one panel that is multiplied along its rows too.
 struct WalkRows {};
 struct WalkColumns {};
 
-template <class T, int R>
-static FC_INLINE void multiply(WalkRows, const T* a, int64_t rows, const T* b, int64_t depth,
-                               typename Simd<T>::V (&acc)[R][kVectorsPerPanel]) {
-  typedef Simd<T> S;
-  constexpr int W = S::kPanel;
-  for (int64_t k0 = 0; k0 < depth; k0 += W, a += rows * W) {
-    const int64_t count = depth - k0 < W ? depth - k0 : W;
-    for (int64_t k = 0; k < count; ++k, b += W) {
-      typename S::V bv[kVectorsPerPanel];
-      FC_UNROLL
-      for (int v = 0; v < kVectorsPerPanel; ++v) bv[v] = S::load(b + v * S::kLanes);
-      FC_UNROLL
-      for (int r = 0; r < R; ++r) {
-        FC_UNROLL
-        for (int v = 0; v < kVectorsPerPanel; ++v) acc[r][v] += a[r * W + k] * bv[v];
-      }
-    }
+template <class P, int R>
+static FC_INLINE void multiply_step(const Stored<P>* a, int64_t row_stride, const Stored<P>* b,
+                                    typename Simd<Real<P>>::V (&acc)[R][kVectorsPerPanel]) {
+  typedef Operands<P> O;
+  constexpr int kLanes = Simd<Real<P>>::kLanes * Precision<P>::kPair;
+  decltype(O::lanes(b)) bv[kVectorsPerPanel];
+  FC_UNROLL
+  for (int v = 0; v < kVectorsPerPanel; ++v) bv[v] = O::lanes(b + v * kLanes);
+  FC_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const auto av = O::one(a + r * row_stride);
+    FC_UNROLL
+    for (int v = 0; v < kVectorsPerPanel; ++v) acc[r][v] = O::add_product(acc[r][v], av, bv[v]);
   }
 }
 
-template <class T, int R>
-static FC_INLINE void multiply(WalkColumns, const T* a, int64_t, const T* b, int64_t depth,
-                               typename Simd<T>::V (&acc)[R][kVectorsPerPanel]) {
-  typedef Simd<T> S;
-  constexpr int W = S::kPanel;
-  for (int64_t k = 0; k < depth; ++k, a += W, b += W) {
-    typename S::V bv[kVectorsPerPanel];
-    FC_UNROLL
-    for (int v = 0; v < kVectorsPerPanel; ++v) bv[v] = S::load(b + v * S::kLanes);
-    FC_UNROLL
-    for (int r = 0; r < R; ++r) {
-      FC_UNROLL
-      for (int v = 0; v < kVectorsPerPanel; ++v) acc[r][v] += a[r] * bv[v];
-    }
+template <class P, int R>
+static FC_INLINE void multiply(WalkRows, const Stored<P>* a, int64_t rows, const Stored<P>* b, int64_t depth,
+                               typename Simd<Real<P>>::V (&acc)[R][kVectorsPerPanel]) {
+  constexpr int W = Simd<Real<P>>::kPanel, kPair = Precision<P>::kPair;
+  for (int64_t k0 = 0; k0 < depth; k0 += W, a += rows * W) {
+    const int64_t count = depth - k0 < W ? depth - k0 : W;
+    for (int64_t k = 0; k < count; k += kPair, b += W * kPair) multiply_step<P, R>(a + k, W, b, acc);
   }
+}
+
+template <class P, int R>
+static FC_INLINE void multiply(WalkColumns, const Stored<P>* a, int64_t, const Stored<P>* b, int64_t depth,
+                               typename Simd<Real<P>>::V (&acc)[R][kVectorsPerPanel]) {
+  constexpr int W = Simd<Real<P>>::kPanel, kPair = Precision<P>::kPair;
+  for (int64_t k = 0; k < depth; k += kPair, a += W * kPair, b += W * kPair) multiply_step<P, R>(a, kPair, b, acc);
 }
 
 // Calls f(first_row, integral_constant rows) over `rows` rows in tiles of kRowsPerTile, then the rest.

@@ -3,6 +3,8 @@
 Legend: x [N, D], y [M, D]. rows, columns: a matrix in the panels the kernels read (csrc/cpu/simd.h).
 Workspace: a packed copy of each side's features, 14 MiB for a wave of G and 1920 rows of y^, and partial sums of at
 most 32 (N + M) float64. No result depends on the number of threads.
+
+bfloat16 features are multiplied as they are where the processor has the instruction, and widened to float32 elsewhere.
 """
 
 import functools
@@ -41,8 +43,10 @@ def kept_elements(x: Tensor, y: Tensor) -> int:
     The packed features and the exponentials of at most KEPT_ENTRIES pairs, 4 MiB: a fixed bound, whatever N and M.
     """
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    # For the widest panels, so that a compiled graph's sizes hold on every processor.
-    return sum(_kept_sizes(n, m, d, WIDEST_PANEL)) if n * m <= KEPT_ENTRIES else 0
+    if n * m > KEPT_ENTRIES:
+        return 0
+    # For the widest panels and either way to store them: a compiled graph's sizes hold on every processor.
+    return max(sum(_kept_sizes(n, m, d, WIDEST_PANEL, True, stored)) for stored in (torch.float32, torch.bfloat16))
 
 
 def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask, kept=None):
@@ -61,9 +65,11 @@ def similarity_sums_backward(
         S.take(kept)
     else:
         S.pack(x, y)
+    if S.in_pairs:
+        S.slope = torch.zeros(1 + WAVE_BLOCKS**2, dtype=torch.float64)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.entries, S.x, S.nothing, S.d, *weights, *S.wave(dx), dx, dy)
+    rest = (S.entries, S.x, S.nothing, S.d, *weights, *S.room(dx, dy), dx, dy, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args(mask), *shifts, *rest)
     return S.gradients(x, y, scale, dx, dy, needs)
 
@@ -72,12 +78,14 @@ def similarity_products(
     x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values
 ) -> tuple[Tensor, Tensor]:
     """The operator's contract: ops.py."""
-    S, V = _Similarity(x, y, scale, normalize), _Similarity(x_values, y_values, scale, False)
+    # The values and the features are other matrices: G of one precision multiplies both.
+    S, V = (_Similarity(*sides, scale, n, widen=True) for *sides, n in ((x, y, normalize), (x_values, y_values, False)))
     S.pack(x, y)
     y_rows = V.pack_rows(x_values, y_values)
     by_row, by_col = V.accumulators([True, True])
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.entries, V.x, y_rows, V.d, *weights, S.wave(S.nothing)[0], S.nothing, by_row, by_col)
+    room = S.room(S.nothing, S.nothing)
+    rest = (S.entries, V.x, y_rows, V.d, *weights, *room, by_row, by_col, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args((None,) * 4), *shifts, *rest)
     return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
@@ -88,19 +96,20 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     S.pack(x, y)
     dx, dy = S.accumulators(needs)
     partial = torch.empty(2 * WAVE_BLOCKS * S.n, dtype=torch.float64)
+    wave, x_pairs, y_wave, positive_g = S.room(dx, dy)
     loss, slope = torch.zeros(S.n, dtype=torch.float64), torch.zeros(S.n, dtype=torch.float64)
     ids = _mask_args(mask)[:2]
     _ops().sigmoid(
         *S.args(), positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(),
-        *S.wave(dx), partial, loss, slope, dx, dy,
+        wave, x_pairs, y_wave, partial, loss, slope, positive_g, dx, dy,
     )  # fmt: skip
     grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
-    return loss.to(S.x.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
+    return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
 
 
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
     """The operator's contract: ops.py."""
-    S = _Similarity(x, y, scale, normalize)
+    S = _Similarity(x, y, scale, normalize, widen=True)
     S.pack(x, y)
     scores = S.x.new_empty(len(rows))
     _ops().pair_scores(*S.args(), rows.contiguous(), cols.contiguous(), scores)
@@ -117,18 +126,22 @@ def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Te
 class _Similarity:
     """Packed x^ and y^ of one call, and what the passes over them share."""
 
-    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool) -> None:
+    def __init__(self, x: Tensor, y: Tensor, scale: Tensor, normalize: bool, widen: bool = False) -> None:
         self.dtype, self.panel = accumulation_dtype(x.dtype), _panel(x)
+        self.stored = _stored_dtype(x, y, widen)
+        self.in_pairs = self.stored != self.dtype
         self.n, self.m, self.d = len(x), len(y), x.shape[1]
         self.width = _padded(self.d, self.panel)
         self.scale, self.normalize = float(scale), normalize
-        self.nothing = self.entries = self._empty(0)
+        self.nothing = self.entries = self.x_factor = self.y_factor = self._empty(0)
+        self.slope = torch.empty(0, dtype=torch.float64)
         self.x_length, self.y_length = self._empty(self.n), self._empty(self.m)
+        self.sizes = _kept_sizes(self.n, self.m, self.d, self.panel, normalize, self.stored)
 
     def pack(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
         """Normalise and lay out; in `kept`, beside room for the exponentials, what backward shall take."""
         if kept is None:
-            self.x, self.y_columns = self._empty(self.n * self.width), self._empty(_padded(self.m, self.panel) * self.d)
+            self._set(*map(self._empty, self.sizes[1:]))
         else:
             self.take(kept)
         self._pack(x, y, self.nothing, self.y_columns)
@@ -140,29 +153,33 @@ class _Similarity:
         return y_rows
 
     def _pack(self, x: Tensor, y: Tensor, y_rows: Tensor, y_columns: Tensor) -> None:
-        sides = (self.x_length, self.x, self.y_length, y_rows, y_columns)
+        sides = (self.x_length, self.x_factor, self.x, self.y_length, self.y_factor, y_rows, y_columns)
         _ops().pack(_rows_contiguous(x), _rows_contiguous(y), self.normalize, *sides)
 
     def take(self, kept: Tensor) -> None:
         """The buffers that lie one after the other in `kept`."""
-        sizes = _kept_sizes(self.n, self.m, self.d, self.panel)
-        self.entries, self.x, self.y_columns = kept[: sum(sizes)].split(sizes)
+        self.entries, *buffers = kept[: sum(self.sizes)].split(self.sizes)
+        self._set(*buffers)
+
+    def _set(self, x_factor: Tensor, y_factor: Tensor, x: Tensor, y_columns: Tensor) -> None:
+        self.x_factor, self.y_factor = x_factor, y_factor
+        self.x, self.y_columns = x.view(self.stored), y_columns.view(self.stored)
 
     def args(self) -> tuple:
-        return self.x, self.y_columns, self.n, self.m, self.d, self.scale
+        return self.x, self.y_columns, self.x_factor, self.y_factor, self.n, self.m, self.d, self.scale
 
-    def _empty(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=self.dtype)
+    def _empty(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(count, dtype=dtype or self.dtype)
 
     def sums(self, negatives: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """row_sum, col_sum, row_shift, col_shift, pos; negatives: the positives' columns and the mask."""
         largest = 1.0 if self.normalize else float(self.x_length.max()) * float(self.y_length.max())
         shift = fixed_shift(self.scale * largest, self.n, self.m)
-        row_shift, col_shift = self.x.new_full((self.n,), shift), self.x.new_full((self.m,), shift)
+        row_shift, col_shift = (torch.full((rows,), shift, dtype=self.dtype) for rows in (self.n, self.m))
         in_range, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         if not in_range:
             row_shift, col_shift = torch.empty_like(row_shift), torch.empty_like(col_shift)
-            _ops().maxima(*self.args(), *negatives, *self.partials(self.x.dtype), row_shift, col_shift)
+            _ops().maxima(*self.args(), *negatives, *self.partials(self.dtype), row_shift, col_shift)
             row_shift, col_shift = finite_or_zero(row_shift), finite_or_zero(col_shift)
             _, row_sum, col_sum, pos = self._sums(negatives, row_shift, col_shift)
         return row_sum, col_sum, row_shift, col_shift, pos
@@ -180,23 +197,29 @@ class _Similarity:
         col_groups = min(MAX_GROUPS, -(-self.m // GROUP_COLUMNS))
         return torch.empty(col_groups * self.n, dtype=dtype), torch.empty(row_groups * self.m, dtype=dtype)
 
-    def wave(self, dx: Tensor) -> tuple[Tensor, Tensor]:
-        """Room for one wave of G, and for the rows of y^ that dx takes from it."""
-        elements = _ops().y_wave_elements(self.m, self.d, self.dtype == torch.float64) if dx.numel() else 0
-        return self._empty(_ops().wave_elements(self.n, self.m)), self._empty(elements)
+    def room(self, dx: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+        """Room for one wave of G, for x^'s rows side by side, for the rows of y^ that a wave meets, for the positives."""
+        turned = _ops().y_wave_elements(self.m, self.d, self.dtype == torch.float64) if dx.numel() else 0
+        return (
+            self._empty(_ops().wave_elements(self.n, self.m)),
+            self._empty((self.n + self.n % 2) * self.width if self.in_pairs and dy.numel() else 0, self.stored),
+            self._empty(turned, self.stored),
+            torch.zeros(self.n if self.in_pairs else 0, dtype=self.dtype),
+        )
 
     def accumulators(self, needs: list[bool]) -> tuple[Tensor, Tensor]:
         """Zeros for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
         rows = self.n if needs[0] or needs[2] else 0, self.m if needs[1] else 0
-        return self.x.new_zeros(rows[0] * self.width), self.x.new_zeros(rows[1] * self.width)
+        return tuple(torch.zeros(count * self.width, dtype=self.dtype) for count in rows)
 
     def gradients(self, x, y, scale, dx, dy, needs) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of x, y and scale from the accumulated products."""
         x_side, y_side = self._side(dx, x, needs[0]), self._side(dy, y, needs[1])
-        sides = (_rows_contiguous(x), dx, *x_side, _rows_contiguous(y), dy, *y_side)
+        sides = (_rows_contiguous(x), dx, self.x_factor, *x_side, _rows_contiguous(y), dy, self.y_factor, *y_side)
         _ops().finish(self.scale, self.normalize, *sides)
         (grad_x, inner), (grad_y, _) = x_side, y_side
-        return grad_x, grad_y, inner.sum().to(scale.dtype) if needs[2] else scale.new_empty(0)
+        slope = self.slope[0] if self.slope.numel() else inner.sum()
+        return grad_x, grad_y, slope.to(scale.dtype) if needs[2] else scale.new_empty(0)
 
     def _side(self, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
         """Room for the gradient in x's dtype (in dx's own memory where it fits), and for <x^, dx> [rows], float64."""
@@ -205,9 +228,20 @@ class _Similarity:
         return grad, torch.empty(len(x) if dx.numel() else 0, dtype=torch.float64)
 
 
-def _kept_sizes(n: int, m: int, d: int, panel: int) -> list[int]:
-    """Elements of the exponentials, of x^ and of y^ (csrc/cpu/problem.h, Sums)."""
-    return [n * _padded(m, panel), n * _padded(d, panel), _padded(m, panel) * d]
+def _kept_sizes(n: int, m: int, d: int, panel: int, normalize: bool, stored: torch.dtype) -> list[int]:
+    """Elements of the exponentials, of x's and y's factors, of x^ and of y^ (csrc/cpu/problem.h, Sums and Similarity)."""
+    rows, columns = n * _padded(d, panel), _padded(m, panel) * d
+    if stored != torch.bfloat16:
+        return [n * _padded(m, panel), 0, 0, rows, columns]
+    # Two in an element. S is cheap to recompute, and the scale's gradient wants it.
+    factors = [_padded(n, panel), _padded(m, panel)] if normalize else [0, 0]
+    return [0, *factors, rows // 2, _padded(m, panel) * _padded(d, 2) // 2]
+
+
+def _stored_dtype(x: Tensor, y: Tensor, widen: bool) -> torch.dtype:
+    """Of the packed features: bfloat16 where the processor multiplies it, otherwise what is computed in."""
+    is_bf16 = x.dtype == y.dtype == torch.bfloat16
+    return torch.bfloat16 if is_bf16 and not widen and _ops().has_bf16_dot() else accumulation_dtype(x.dtype)
 
 
 def _padded(count: int, panel: int) -> int:
