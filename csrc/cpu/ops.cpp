@@ -351,7 +351,7 @@ void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor
 void sigmoid(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
              double scale, Tensor positive, Tensor row_ids, Tensor col_ids, bool match_is_positive, double bias,
              Tensor row_weight, Tensor wave, Tensor x_pairs, Tensor y_wave, Tensor partial, Tensor row_loss,
-             Tensor row_slope, Tensor positive_g, Tensor dx, Tensor dy) {
+             Tensor row_slope, Tensor row_by_dot, Tensor positive_g, Tensor dx, Tensor dy) {
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
     typedef Real<P> T;
@@ -363,9 +363,10 @@ void sigmoid(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, 
                     data<T>(wave, wave_elements(n, m), "wave"),
                     nullptr,
                     nullptr,
-                    data<double>(partial, 2 * kWave * n, "partial"),
+                    data<double>(partial, 3 * kWave * n, "partial"),
                     data<double>(row_loss, n, "row_loss"),
                     data<double>(row_slope, n, "row_slope"),
+                    data<double>(row_by_dot, n, "row_by_dot"),
                     nullptr,
                     dx.numel() ? data<T>(dx, n * width, "dx") : nullptr,
                     dy.numel() ? data<T>(dy, m * width, "dy") : nullptr};
@@ -447,7 +448,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "Tensor positive, Tensor row_ids,"
       " Tensor col_ids, bool match_is_positive, float bias, Tensor row_weight, Tensor(a!) wave,"
       " Tensor(b!) x_pairs, Tensor(c!) y_wave, Tensor(d!) partial, Tensor(e!) row_loss, Tensor(f!) row_slope,"
-      " Tensor(g!) positive_g, Tensor(h!) dx, Tensor(i!) dy) -> ()");
+      " Tensor(g!) row_by_dot, Tensor(h!) positive_g, Tensor(i!) dx, Tensor(j!) dy) -> ()");
   m.def(
       "finish(float scale, bool normalize, Tensor x, Tensor(a!) dx, Tensor x_factor, Tensor(b!) grad_x,"
       " Tensor(c!) x_inner, Tensor y, Tensor(d!) dy, Tensor y_factor, Tensor(e!) grad_y, Tensor(f!) y_inner) -> ()");

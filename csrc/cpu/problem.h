@@ -131,8 +131,9 @@ struct Gradients {
 };
 
 // sum_ij w_i softplus(-z_ij (S_ij + bias)), z = 1 on positives and -1 elsewhere (math.md, eq. 11). Adds each row's loss
-// and each row's sum of dloss/dS to row_loss and row_slope [N] (unweighted), w_i dloss/dS times y^ and x^ to dx and dy.
-// mask.row_ids: equal ids are positives too, or left out. partial: [kWave, 2, N] scratch. The rest: Gradients.
+// and its sums of dloss/dS and of dloss/dS <x^, y^> to row_loss, row_slope and row_by_dot [N] (unweighted), w_i
+// dloss/dS times y^ and x^ to dx and dy. mask.row_ids: equal ids are positives too, or left out. partial: [kWave, 3, N]
+// scratch. The rest: Gradients.
 template <class P>
 struct Sigmoid {
   Similarity<P> S;
@@ -141,7 +142,7 @@ struct Sigmoid {
   const Real<P>* row_weight;
   Real<P>* wave;
   Stored<P>*x_pairs, *y_wave;
-  double *partial, *row_loss, *row_slope;
+  double *partial, *row_loss, *row_slope, *row_by_dot;
   Real<P>*positive_g, *dx, *dy;
 };
 

@@ -11,7 +11,7 @@ namespace FC_ISA {
 // not rounded away. A block's 192 factors of at most 2 fit in a float where they share its lanes, in a double together.
 template <class T>
 struct RowTotal {
-  typename Simd<T>::V above = {}, product_minus_1 = {}, slope = {};
+  typename Simd<T>::V above = {}, product_minus_1 = {}, slope = {}, by_dot = {};
 };
 
 // Adds the losses of `s` to the row's total; returns their derivatives sigmoid(s).
@@ -42,8 +42,10 @@ static FC_INLINE void sigmoid_plain(const Sigmoid<P>& p, Real<P> weight, Real<P>
   typedef Real<P> T;
   typedef Simd<T> L;
   for (int v = 0; v < kVectorsPerPanel; ++v) {
-    const auto g = add_losses<T>(L::load(row + v * L::kLanes) * p.S.scale + p.bias, total);
+    const auto dots = L::load(row + v * L::kLanes);
+    const auto g = add_losses<T>(dots * p.S.scale + p.bias, total);
     total.slope += g;
+    total.by_dot += g * dots;
     L::store(row + v * L::kLanes, g * weight);
   }
 }
@@ -75,19 +77,21 @@ static void sigmoid_mixed(const Sigmoid<P>& p, int64_t i, int64_t j0, Real<P>* r
   }
   for (int v = 0; v < kVectorsPerPanel; ++v) {
     const V z = L::load(sign + v * L::kLanes), counts = L::load(used + v * L::kLanes);
-    V s = z * (L::load(row + v * L::kLanes) * S.scale + p.bias);
+    const V dots = L::load(row + v * L::kLanes);
+    V s = z * (dots * S.scale + p.bias);
     s = counts != T(0) ? s : L::fill(-T(__builtin_inf()));
     const V g = add_losses<T>(s, total) * z * counts;
     total.slope += g;
+    total.by_dot += g * dots;
     L::store(row + v * L::kLanes, g * p.row_weight[i]);
   }
 }
 
-// Turns a block of x^ y^T, panels [first, last), into G_ij = w_i dloss_ij/dS_ij; writes each row's loss and sum of G /
-// w.
+// Turns a block of x^ y^T, panels [first, last), into G_ij = w_i dloss_ij/dS_ij; writes each row's loss and the
+// sums of G / w and of G / w times x^ y^T.
 template <class P>
 static void sigmoid_block(const Sigmoid<P>& p, int64_t i0, int64_t rows, int64_t first, int64_t last, Real<P>* block,
-                          double* loss, double* slope) {
+                          double* loss, double* slope, double* by_dot) {
   typedef Real<P> T;
   constexpr int W = Simd<T>::kPanel;
   for (int64_t r = 0; r < rows; ++r) {
@@ -105,6 +109,7 @@ static void sigmoid_block(const Sigmoid<P>& p, int64_t i0, int64_t rows, int64_t
     }
     loss[i0 + r] = loss_of(total);
     slope[i0 + r] = double(sum_of_lanes<T>(total.slope));
+    by_dot[i0 + r] = double(sum_of_lanes<T>(total.by_dot));
   }
 }
 
@@ -118,20 +123,21 @@ static void sigmoid_wave(const Sigmoid<P>& p, const Gradients<P>& products, cons
     const int64_t i = wave.i_first + task % blocks, j = wave.j_first + task / blocks;
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
     // Each block of a wave has its own partial sums; they are added in order afterwards.
-    double* loss = p.partial + 2 * (j - wave.j_first) * p.S.N;
+    double* loss = p.partial + 3 * (j - wave.j_first) * p.S.N;
     const int64_t first = j * kPanels, last = smaller((j + 1) * kPanels, ceil_div(p.S.M, W));
     Real<P>* block = panel_of(wave, i, j, 0, scratch);
     for (int64_t panel = first; panel < last; ++panel) dot_panel(p.S, i, panel, block + (panel - first) * rows * W);
-    sigmoid_block(p, i * kBlock, rows, first, last, block, loss, loss + p.S.N);
+    sigmoid_block(p, i * kBlock, rows, first, last, block, loss, loss + p.S.N, loss + 2 * p.S.N);
     for (int64_t panel = first; panel < last; ++panel) {
       store_panel(products, wave, i, j, panel, block + (panel - first) * rows * W);
     }
   });
   for (int64_t j = 0; j < wave.j_last - wave.j_first; ++j) {
-    const double* loss = p.partial + 2 * j * p.S.N;
+    const double* loss = p.partial + 3 * j * p.S.N;
     for (int64_t i = wave.i_first * kBlock; i < smaller(wave.i_last * kBlock, p.S.N); ++i) {
       p.row_loss[i] += loss[i];
       p.row_slope[i] += loss[p.S.N + i];
+      p.row_by_dot[i] += loss[2 * p.S.N + i];
     }
   }
 }

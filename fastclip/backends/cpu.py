@@ -95,14 +95,15 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     S = _Similarity(x, y, scale, normalize)
     S.pack(x, y)
     dx, dy = S.accumulators(needs)
-    partial = torch.empty(2 * WAVE_BLOCKS * S.n, dtype=torch.float64)
+    partial = torch.empty(3 * WAVE_BLOCKS * S.n, dtype=torch.float64)
     wave, x_pairs, y_wave, positive_g = S.room(dx, dy)
-    loss, slope = torch.zeros(S.n, dtype=torch.float64), torch.zeros(S.n, dtype=torch.float64)
+    loss, slope, by_dot = torch.zeros(3, S.n, dtype=torch.float64)
     ids = _mask_args(mask)[:2]
     _ops().sigmoid(
         *S.args(), positive.contiguous(), *ids, match_is_positive, float(bias), row_weight.contiguous(),
-        wave, x_pairs, y_wave, partial, loss, slope, positive_g, dx, dy,
+        wave, x_pairs, y_wave, partial, loss, slope, by_dot, positive_g, dx, dy,
     )  # fmt: skip
+    S.slope = (row_weight * by_dot).sum(0, keepdim=True)
     grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
     return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
 
@@ -198,7 +199,7 @@ class _Similarity:
         return torch.empty(col_groups * self.n, dtype=dtype), torch.empty(row_groups * self.m, dtype=dtype)
 
     def room(self, dx: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
-        """Room for one wave of G, for x^'s rows side by side, for the rows of y^ that a wave meets, for the positives."""
+        """Room for one wave of G, x^'s rows side by side, the rows of y^ that a wave meets, and the positives' G."""
         turned = _ops().y_wave_elements(self.m, self.d, self.dtype == torch.float64) if dx.numel() else 0
         return (
             self._empty(_ops().wave_elements(self.n, self.m)),
@@ -229,7 +230,7 @@ class _Similarity:
 
 
 def _kept_sizes(n: int, m: int, d: int, panel: int, normalize: bool, stored: torch.dtype) -> list[int]:
-    """Elements of the exponentials, of x's and y's factors, of x^ and of y^ (csrc/cpu/problem.h, Sums and Similarity)."""
+    """Elements of the exponentials, of both sides' factors, of x^ and of y^ (csrc/cpu/problem.h)."""
     rows, columns = n * _padded(d, panel), _padded(m, panel) * d
     if stored != torch.bfloat16:
         return [n * _padded(m, panel), 0, 0, rows, columns]
