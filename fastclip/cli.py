@@ -41,27 +41,35 @@ COMMANDS = {
     "tune": Tune,
 }
 
-# Packages of the extra [train] that [demo] lacks.
+# Modules of the extra [train] that [demo] lacks, and the packages of modules with another name.
 TRAINING = ("braceexpand", "datasets", "fsspec", "ftfy", "pyarrow", "tensorboard")
+PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "fontTools": "fonttools"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `fastclip` and `python -m fastclip`.
 
-    Exits with 0, with 1 after a user's mistake, 2 for wrong usage, 130 after Ctrl-C.
+    Exits with 0, with 1 after a user's mistake, 2 for wrong usage, 130 after Ctrl-C, 141 when its reader went away.
     """
     # Huge pages for large tensors: without them page faults slow each training step (Linux; torch reads this
     # at its first allocation).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        parse(sys.argv[1:] if arguments is None else arguments).run()
+        parse(arguments).run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         fail("interrupted", 130)
+    except BrokenPipeError:
+        # `| head` has read enough. Nothing is left to flush at exit, which would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError) as error:
         fail(str(error))
     except ModuleNotFoundError as error:
-        extra = "train" if error.name in TRAINING else "demo"
-        fail(f"this command needs the package {error.name}: pip install 'fastclip-loss[{extra}]'")
+        extra = "train" if error.name in TRAINING or "train" in arguments[:1] else "demo"
+        package = PACKAGES.get(error.name, error.name)
+        fail(f"this command needs the package {package}: install it, or fastclip with the extra [{extra}]")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
             raise

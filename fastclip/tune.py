@@ -48,7 +48,6 @@ def tune(config: TuneConfig, tell: Callable[[str], None] = print) -> Path:
     from fastclip.kernels import configs
 
     device = torch.device("cuda", torch.cuda.current_device())
-    found = {}
     for dtype in config.dtypes:
         for width in config.widths:
             for rows in config.sizes:
@@ -58,9 +57,10 @@ def tune(config: TuneConfig, tell: Callable[[str], None] = print) -> Path:
                 for kernel in config.kernels:
                     tiles, line = _fastest(kernel, x, y, precision, product, TOLERANCE[dtype])
                     key = configs.user_key(kernel, configs.chip_of(device), product, x.shape[1], rows)
-                    found[key] = tiles
+                    # At once: whatever ends the run, what has been measured stays.
+                    file = configs.save_user_table({key: tiles}, torch.cuda.get_device_name(device))
                     tell(f"{key}: {line}")
-    return configs.save_user_table(found, torch.cuda.get_device_name(device))
+    return file
 
 
 def candidates(product: str, kernel: str) -> list:
@@ -83,6 +83,7 @@ def candidates(product: str, kernel: str) -> list:
 
 def _fastest(kernel: str, x: Tensor, y: Tensor, precision: str, product: str, tolerance: float):
     """The fastest tiles whose result agrees with the built-in ones', and a line about them."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
@@ -98,7 +99,7 @@ def _fastest(kernel: str, x: Tensor, y: Tensor, precision: str, product: str, to
             with configs.forced(kernel, tiles):
                 error = (run().double() - expected).norm() / expected.norm()
                 took_ms = do_bench(run, rep=TIMED_MS, return_mode="median")
-        except (OutOfResources, PTXASError):
+        except (OutOfResources, PTXASError, CompilationError):
             continue
         if error <= tolerance and took_ms < best_ms:
             best, best_ms = tiles, took_ms

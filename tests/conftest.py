@@ -16,9 +16,15 @@ def backend(request) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """A test that sets torch's number of threads sets it for itself alone."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def threads():
     """Sets torch's number of threads for one test: threads(2)."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+    return torch.set_num_threads

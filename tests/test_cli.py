@@ -46,7 +46,7 @@ def test_unwritable_folder_is_one_line(capsys, tmp_path):
         (
             ModuleNotFoundError("no", name="sklearn"),
             1,
-            "needs the package sklearn: pip install 'fastclip-loss[demo]'",
+            "needs the package scikit-learn: install it, or fastclip with the extra [demo]",
         ),
         (MemoryError(), 1, "lower --batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 1, "lower --batch"),
@@ -61,6 +61,15 @@ def test_mistakes_end_in_one_line(capsys, monkeypatch, problem, code, said):
     monkeypatch.setattr(cli.Demo, "run", run)
     got, error = fails(capsys, "demo")
     assert got == code and error.startswith("fastclip: ") and said in error and error.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import sys; from fastclip import cli; cli.Env.run = lambda self: print('x' * 1_000_000); cli.main(['env'])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
