@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 QUIET_CORES = 0.15  # less than this of other work does not move a median
+SHORTEST_S = 2.0  # a run shorter than this, with its own start, tells nothing: the system counts in hundredths
 
 
 class Noise:
@@ -18,9 +19,9 @@ class Noise:
 
     def measured(self) -> dict[str, float]:
         """others_cores: cores that other programs kept busy, stolen_cores: cores that the host gave elsewhere, both on
-        average; cpu_s: processor time of this run. Empty where the system does not tell."""
+        average; cpu_s: processor time of this run. Empty where the system does not tell or the run was too short."""
         end, took = _counters(), time.perf_counter() - self.start_s
-        if self.start is None or end is None or took <= 0:
+        if self.start is None or end is None or took < SHORTEST_S:
             return {}
         busy, stolen, own = (b - a for a, b in zip(self.start, end, strict=True))
         return {

@@ -10,6 +10,16 @@ from pathlib import Path
 
 SCHEMA = 2
 FIT_FROM, FIT_TO = 4096, 16384  # N over which the exponent of time is fitted
+PROBLEMS = (
+    "only",
+    "sizes",
+    "dtypes",
+    "modes",
+    "peers",
+    "d",
+    "widths",
+    "largest_16_bit",
+)  # settings that say what was run
 SAME = ("cpu", "isa", "threads", "torch", "fastclip")  # what runs kept in one file have in common
 
 
@@ -106,6 +116,11 @@ class Results:
         fresh = {row.key: row for row in rows}
         self.rows = [row for row in self.rows if row.key not in fresh] + list(fresh.values())
 
+    def add_part(self, part: dict) -> None:
+        """Adds what a run tells of itself, in place of an earlier run of the same problems: its rows are gone."""
+        problems = _problems(part)
+        self.parts = [known for known in self.parts if problems is None or _problems(known) != problems] + [part]
+
     def merge(self, other: Results) -> None:
         """Adds what another run on the same machine measured. Raises ValueError where it was another machine."""
         differing = [key for key in ("suite", *SAME) if self._shared(key) != other._shared(key)]
@@ -114,7 +129,8 @@ class Results:
             raise ValueError(f"one results file holds runs of one machine and version, got {told}")
         self.add(other.rows)
         self.extra |= other.extra
-        self.parts += other.parts
+        for part in other.parts:
+            self.add_part(part)
 
     def _shared(self, key: str) -> object:
         return self.suite if key == "suite" else self.machine.get(key)
@@ -125,6 +141,11 @@ class Results:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1) + "\n")
         partial.replace(path)
+
+
+def _problems(part: dict) -> str | None:
+    """What a run measured, whatever time it took over it; None where it does not say."""
+    return json.dumps([part["settings"].get(key) for key in PROBLEMS]) if "settings" in part else None
 
 
 def load(path: Path) -> Results:

@@ -72,7 +72,7 @@ def _measure(config: Config) -> tuple[Results, Path, Runner]:
         progress.close()
     settings = {key: value for key, value in asdict(config).items() if key not in ("out", "add", "against", "plots")}
     took = {"took_s": round(time.perf_counter() - start, 1), **quiet.measured()}
-    results.parts.append({"date": here["date"], "commit": here["commit"], "settings": settings, **took})
+    results.add_part({"date": here["date"], "commit": here["commit"], "settings": settings, **took})
     if earlier is not None:
         earlier.merge(results)
         results = runner.results = earlier

@@ -54,9 +54,18 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path):
         load(path)
 
 
+def test_what_is_measured_again_replaces_the_earlier_run():
+    first, second = results(row(64, 1.0)), results(row(64, 2.0))
+    first.parts = [{"settings": {"sizes": (64,), "group_s": 1.0}}, {"settings": {"sizes": (32,)}}]
+    second.parts = [{"settings": {"sizes": [64], "group_s": 2.0}}]
+    first.merge(second)
+    assert [part["settings"]["sizes"] for part in first.parts] == [(32,), [64]]
+    assert [row.seconds["median"] for row in first.rows] == [2.0]
+
+
 def test_parts_are_merged_and_the_later_one_counts(tmp_path):
     first, second = results(row(64, 1.0), row(128, 1.0)), results(row(128, 2.0), row(256, 1.0))
-    second.extra = {"sharded": [{"n": 1}]}
+    second.extra, second.parts = {"sharded": [{"n": 1}]}, [{"settings": {"sizes": [128, 256]}}]
     first.save(tmp_path / "a.json")
     second.save(tmp_path / "b.json")
     parts = (tmp_path / "a.json", tmp_path / "b.json")
