@@ -48,9 +48,9 @@ class Guard:
         self.buffers = []
         self.plain_empty = torch.empty
         patch.setattr(torch, "empty", self.empty)
+        patch.setattr(torch, "zeros", lambda *shape, **options: self.empty(*shape, **options).fill_(0))
         patch.setattr(torch, "empty_like", lambda x, dtype=None: self.empty(*x.shape, dtype=dtype or x.dtype))
-        for name, value in (("new_empty", None), ("new_zeros", 0)):
-            patch.setattr(torch.Tensor, name, self.method(value))
+        patch.setattr(torch.Tensor, "new_empty", self.new_empty)
 
     def empty(self, *shape, dtype=torch.float32, **_options):
         shape = tuple(shape[0]) if shape and not isinstance(shape[0], int) else shape
@@ -61,12 +61,9 @@ class Guard:
         self.buffers.append((whole, count))
         return whole[self.MARGIN : self.MARGIN + count].view(shape)
 
-    def method(self, value):
-        def allocate(like, *shape, dtype=None, **_options):
-            buffer = self.empty(*shape, dtype=dtype or like.dtype)
-            return buffer if value is None else buffer.fill_(value)
-
-        return allocate
+    @property
+    def new_empty(self):
+        return lambda like, *shape, dtype=None, **_options: self.empty(*shape, dtype=dtype or like.dtype)
 
     def check(self) -> None:
         assert self.buffers
