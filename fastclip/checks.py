@@ -58,7 +58,8 @@ def scalar(value: Tensor | float, name: str, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must be one number: a float, a 0-d or a [1] tensor, got {tuple(value.shape)}")
     if value.is_complex():
         raise TypeError(f"{name} must be real, got {value.dtype}")
-    return value.reshape(()).to(dtype=dtype, device=like.device)
+    value = value if value.ndim == 0 else value.reshape(())
+    return value.to(dtype=dtype, device=like.device)
 
 
 def sample_weight(weight: Tensor | None, rows: int, like: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastclip import checks, distributed, ops
 from fastclip.agreement import agreement, teacher_weights
-from fastclip.softmax import Options, cross_entropy, gaps, unit_rows
+from fastclip.softmax import Options, gaps, symmetric_cross_entropy, unit_rows
 
 
 def distill_loss(
@@ -49,7 +49,7 @@ def distill_loss(
     image, text, scale, t_image, t_text, t_scale, _ = checked()
 
     pairs = gaps(image, text, scale, None, options)
-    lse = pairs.pos + 0.5 * (cross_entropy(pairs.row_gap) + cross_entropy(pairs.col_gap))
+    lse = pairs.pos + symmetric_cross_entropy(pairs)
     own = torch.arange(len(image), device=image.device)
     with torch.no_grad():
         sums = ops.similarity_sums(t_image, t_text, t_scale, own, normalize, backend)

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 from fastclip import checks, distributed, ops, sigmoid
-from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, gap, gaps, log_add, reduce, soft_targets
+from fastclip.softmax import (
+    Gaps,
+    LossStats,
+    Options,
+    cross_entropy,
+    gap,
+    gaps,
+    has_soft_targets,
+    log_add,
+    reduce,
+    soft_targets,
+    symmetric_cross_entropy,
+)
 
 
 def clip_loss(
@@ -77,9 +89,11 @@ def clip_loss(
     image, text, scale, weight, ids, options = checked()
 
     pairs = gaps(image, text, scale, None, options, ids, ids)
-    by_image = cross_entropy(pairs.row_gap) + soft_targets(image, text, scale, pairs.pos, None, options, ids, ids)
-    by_text = cross_entropy(pairs.col_gap) + soft_targets(text, image, scale, pairs.pos, None, options, ids, ids)
-    losses = 0.5 * (by_image + by_text)
+    losses = symmetric_cross_entropy(pairs)
+    if has_soft_targets(options, ids):
+        by_image = soft_targets(image, text, scale, pairs.pos, None, options, ids, ids)
+        by_text = soft_targets(text, image, scale, pairs.pos, None, options, ids, ids)
+        losses = losses + 0.5 * (by_image + by_text)
     loss = reduce(losses, weight, reduction, scale.dtype)
     return (loss, _stats(image, text, scale, None, options, pairs, losses)) if return_stats else loss
 

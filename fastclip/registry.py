@@ -22,9 +22,27 @@ def register(schema: str, run: Callable, fake: Callable) -> None:
 
 
 def with_signature(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Class decorator: torch reads forward's signature at each call, and making it anew takes as long as a kernel."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+    """Class decorator: torch binds forward's arguments at each call, which takes as long as a kernel.
+
+    The losses give all of them in their order, so that there is nothing to bind.
+    """
+    function.forward.__signature__ = _AllGiven(inspect.signature(function.forward).parameters.values())
     return function
+
+
+class _AllGiven(inspect.Signature):
+    def bind(self, *args):
+        return _Given(args)
+
+
+class _Given:
+    """What torch asks of an inspect.BoundArguments."""
+
+    def __init__(self, args: tuple) -> None:
+        self.args, self.kwargs = args, {}
+
+    def apply_defaults(self) -> None:
+        pass
 
 
 def same_device(*tensors: Tensor | None) -> None:

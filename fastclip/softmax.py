@@ -110,6 +110,11 @@ def cross_entropy(gap: Tensor) -> Tensor:
     return F.softplus(gap, threshold=50.0)
 
 
+def symmetric_cross_entropy(pairs: Gaps) -> Tensor:
+    """[N]: each pair's cross-entropy in its row and in its column, averaged (math.md, eq. 3)."""
+    return _SymmetricCrossEntropy.apply(pairs.row_gap, pairs.col_gap)
+
+
 def log_sum(total: Tensor) -> Tensor:
     """log(total), with -inf and a zero gradient where a pair has no negatives and total is exactly 0."""
     empty = total == 0
@@ -138,9 +143,9 @@ def soft_targets(
     The target of row i is (1 - e) uniform over its matches + e uniform over all keys, so that its loss is the
     cross-entropy with the own positive + (1 - e) (pos - mean of S over the matches) + e (pos - mean of S).
     """
-    eps, several = options.label_smoothing, x_ids is not None and options.ids_mode == "positive"
-    if not eps and not several:
+    if not has_soft_targets(options, x_ids):
         return 0.0
+    eps, several = options.label_smoothing, x_ids is not None and options.ids_mode == "positive"
     xn, yn = unit_rows(x, options.normalize), unit_rows(y, options.normalize)
     added = 0.0
     if several:
@@ -152,6 +157,10 @@ def soft_targets(
         # Not a matrix product: autocast would round that to its own dtype.
         added = added + eps * (pos - scale * (xn * yn.mean(0)).sum(1))
     return added
+
+
+def has_soft_targets(options: Options, ids: object | None) -> bool:
+    return bool(options.label_smoothing) or (ids is not None and options.ids_mode == "positive")
 
 
 def unit_rows(x: Tensor, normalize: bool) -> Tensor:
@@ -213,6 +222,27 @@ class _Gaps(torch.autograd.Function):
             for grad, total in zip((row_grad, col_grad), ctx.saved_tensors, strict=True)
         ]
         return by_sum[0], None, by_sum[1], None, -(row_grad + col_grad).to(by_sum[0].dtype)
+
+
+@with_signature
+class _SymmetricCrossEntropy(torch.autograd.Function):
+    """The average of two cross_entropy() in one node."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(row_gap, col_gap):
+        return (cross_entropy(row_gap) + cross_entropy(col_gap)).mul_(0.5)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        half = 0.5 * grad
+        row_gap, col_gap = ctx.saved_tensors
+        return half * torch.sigmoid(row_gap), half * torch.sigmoid(col_gap)
 
 
 class _ScaleGradient(torch.autograd.Function):

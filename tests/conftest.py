@@ -1,5 +1,10 @@
 """Fixtures every test file may use."""
 
+import os
+import random
+import zlib
+
+import numpy
 import pytest
 import torch
 from cases import BACKENDS
@@ -8,6 +13,22 @@ from hypothesis import settings
 # Bounded and repeatable: the same examples on every machine, and no deadline on one that is busy.
 settings.register_profile("fastclip", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("fastclip")
+
+# Every test draws its own numbers, the same ones wherever and in whatever company it runs; another seed draws others.
+SEED = int(os.environ.get("FASTCLIP_TEST_SEED", "0"))
+
+
+def pytest_report_header() -> str:
+    return f"random numbers: FASTCLIP_TEST_SEED={SEED}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture of the test, so that a module's fixtures draw the same numbers too."""
+    seed = zlib.crc32(f"{SEED} {item.path.name} {item.name}".encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastclip.backends.shift import finite_or_zero, fixed_shift, is_one_shift
+from fastclip.backends.shift import finite_or_zero, fixed_shift
 from fastclip.checks import accumulation_dtype
 
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
@@ -61,10 +61,7 @@ def similarity_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     S = _Similarity(x, y, scale, normalize)
-    if kept is not None and is_one_shift(row_shift, col_shift):
-        S.take(kept)
-    else:
-        S.pack(x, y)
+    S.pack(x, y) if kept is None else S.take(kept)
     if S.in_pairs:
         S.slope = torch.zeros(1 + WAVE_BLOCKS**2, dtype=torch.float64)
     dx, dy = S.accumulators(needs)

@@ -17,7 +17,7 @@ from fastclip.distributed.ring_distill import Teacher, ring_agreement
 from fastclip.distributed.scaled import Scaled
 from fastclip.distributed.shards import Shards, agree, not_compiled, tensor_text
 from fastclip.distributed.sums import similarity_sums
-from fastclip.softmax import Options, cross_entropy, unit_rows
+from fastclip.softmax import Options, symmetric_cross_entropy, unit_rows
 
 
 @not_compiled
@@ -28,7 +28,7 @@ def distill_loss(check: Callable[[], tuple], group: object) -> Tensor:
     """
     (image, text, scale, *teacher, options), shards = agree(group, check, _describe)
     pairs, n = gaps(image, text, scale, own_keys(image, shards), options, None, None), sum(shards.rows)
-    lse = pairs.pos + 0.5 * (cross_entropy(pairs.row_gap) + cross_entropy(pairs.col_gap))
+    lse = pairs.pos + symmetric_cross_entropy(pairs)
     with torch.no_grad():
         teacher = _teacher(*teacher, shards, options)
     images, texts = unit_rows(image, options.normalize), unit_rows(text, options.normalize)

@@ -11,7 +11,7 @@ from fastclip.distributed.exchange import all_rows, gather_rows, sum_over_ranks
 from fastclip.distributed.ids import Ids, mean_by_id
 from fastclip.distributed.positives import Positives
 from fastclip.distributed.sums import similarity_sums
-from fastclip.softmax import Gaps, Options, unit_rows
+from fastclip.softmax import Gaps, Options, has_soft_targets, unit_rows
 
 
 def gaps(
@@ -63,10 +63,6 @@ def soft_targets(
         mean = sum_over_ranks(yn.sum(0), shards.group) / sum(shards.cols)
         added = added + eps * (pos - scale * (xn * mean).sum(1))
     return added
-
-
-def has_soft_targets(options: Options, ids: object | None) -> bool:
-    return bool(options.label_smoothing) or (ids is not None and options.ids_mode == "positive")
 
 
 def _mask(x, y, scale, positives: Positives, options: Options, x_ids: Ids | None, y_ids: Ids | None) -> ops.Mask:

@@ -12,12 +12,20 @@ from torch import Tensor
 
 from fastclip import backends
 from fastclip.distributed.exchange import whole
-from fastclip.distributed.gaps import gaps, has_soft_targets, own_side, soft_targets
+from fastclip.distributed.gaps import gaps, own_side, soft_targets
 from fastclip.distributed.ids import gather_ids
 from fastclip.distributed.positives import labelled, own_keys
 from fastclip.distributed.shards import Shards, agree, not_compiled, tensor_text
 from fastclip.distributed.stats import statistics
-from fastclip.softmax import Gaps, LossStats, Options, cross_entropy, log_add
+from fastclip.softmax import (
+    Gaps,
+    LossStats,
+    Options,
+    cross_entropy,
+    has_soft_targets,
+    log_add,
+    symmetric_cross_entropy,
+)
 
 # What a loss function has checked: x, y, scale, weight, ids, options
 Checked = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Options]
@@ -49,9 +57,11 @@ def clip_loss(
     (image, text, scale, weight, ids, options), shards = agree(group, check, describe)
     own, ids = own_keys(image, shards), gather_ids(ids, shards.rows, shards)
     pairs = gaps(image, text, scale, own, options, ids, ids)
-    by_image = cross_entropy(pairs.row_gap) + soft_targets(image, text, scale, pairs.pos, own, options, ids, ids)
-    by_text = cross_entropy(pairs.col_gap) + soft_targets(text, image, scale, pairs.pos, own, options, ids, ids)
-    losses = 0.5 * (by_image + by_text)
+    losses = symmetric_cross_entropy(pairs)
+    if has_soft_targets(options, ids):
+        by_image = soft_targets(image, text, scale, pairs.pos, own, options, ids, ids)
+        by_text = soft_targets(text, image, scale, pairs.pos, own, options, ids, ids)
+        losses = losses + 0.5 * (by_image + by_text)
     loss = reduce(losses, weight, reduction, scale.dtype, shards)
     return (loss, statistics(image, text, scale, own, options, pairs, losses)) if return_stats else loss
 
