@@ -2,14 +2,16 @@
 
     python -m fastclip.benchmarks.scaling --threads 2 --out benchmarks/results/scaling.json
 
-Rates are measured once, on a micro-batch and on a loss of 4,096 pairs; the steps are others. Memory is above that of
-the process before it made the model; each step has a process of its own.
+Rates are medians of short runs on a micro-batch and on a loss of 4,096 pairs, one run before each step; the steps are
+others. Each run has a process of its own. Memory is above that of the process before it made the model, with every
+freed block given back at once. Time is that of another process, which keeps freed blocks for the next tensors as any
+training does: a process that gives them back takes 1.5 times as long for a cached step.
 """
 
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -21,6 +23,7 @@ from fastclip import clip_loss
 from fastclip.benchmarks import machine, noise
 from fastclip.benchmarks.children import return_freed_blocks, run_in_child
 from fastclip.benchmarks.grad_caching import model_and_batch
+from fastclip.benchmarks.measure import seconds
 from fastclip.benchmarks.memory import watch
 from fastclip.benchmarks.progress import Progress
 from fastclip.benchmarks.results import Results
@@ -28,12 +31,13 @@ from fastclip.benchmarks.tables import extra
 from fastclip.grad_cache import GradCache
 from fastclip.plan.measure import measure as measure_rates
 from fastclip.plan.memory import memory
-from fastclip.plan.rates import times
+from fastclip.plan.rates import Rates, times
 from fastclip.plan.setting import Setting
 from fastclip.plan.work import work
 
 MIB = 2**20
-STEPS = 3  # of which the first warms up
+STEPS = 3  # that are timed, of which the first warms up
+WARM_UP = 8  # pairs
 # (pairs, micro-batch, recomputed)
 QUICK = ((512, None, False), (1024, 128, False))
 FULL = (
@@ -67,32 +71,32 @@ def measure(quick: bool) -> list[dict]:
 
 def compare(quick: bool) -> tuple[list[dict], list[dict]]:
     """The steps' lines, and the rates as one line."""
-    threads, progress, lines = torch.get_num_threads(), Progress(), []
-    config = model_and_batch(1)[0].config
-    base = Setting(config, 4096, dtype="fp32", micro_batch=128, on_cpu=True)
-    rates = measure_rates(base)
-    steps = QUICK if quick else FULL
-    progress.ready(len(steps))
-    for batch, micro_batch, recompute in steps:
-        progress.tell(f"{batch:,} pairs, micro-batch {micro_batch}")
-        setting = replace(base, batch=batch, micro_batch=micro_batch, recompute=recompute)
-        planned_mib, planned_s = memory(setting).peak / MIB, times(work(setting), rates).step
-        mib, seconds = run_in_child(run, setting, threads=threads)
-        line = {"N": batch, "micro-batch": micro_batch or "all", "recomputed": "yes" if recompute else "no"}
-        line |= {"planned MiB": round(planned_mib), "measured MiB": round(mib), "MiB, ratio": planned_mib / mib}
-        line |= {"planned s": planned_s, "measured s": seconds, "s, ratio": planned_s / seconds}
-        lines.append(line)
+    threads, progress = torch.get_num_threads(), Progress()
+    base = Setting(model_and_batch(1)[0].config, 4096, dtype="fp32", micro_batch=128, on_cpu=True)
+    settings = [replace(base, batch=n, micro_batch=m, recompute=r) for n, m, r in (QUICK if quick else FULL)]
+    probes, found = [], []
+    progress.ready(len(settings))
+    for setting in settings:
+        progress.tell(f"{setting.batch:,} pairs, micro-batch {setting.micro_batch}")
+        probes.append(run_in_child(measure_rates, base, threads=threads))
+        found.append([run_in_child(run, setting, threads=threads) for run in (peak_mib, step_s)])
     progress.close()
-    return lines, [{"dtype": "fp32", **asdict(rates)}]
+    medians = {name: median(getattr(probe, name) for probe in probes) for name in ("towers", "forward", "loss")}
+    rates = replace(probes[0], **medians)
+    return [_line(*each, rates) for each in zip(settings, found, strict=True)], [{"dtype": "fp32", **asdict(rates)}]
 
 
-def run(setting: Setting) -> tuple[float, float]:
-    """(peak MiB, median seconds) of training steps; for a process of its own."""
-    return_freed_blocks()
-    warm_up, *inputs = model_and_batch(8)  # libraries, threads, their buffers
-    clip_loss(*warm_up(*inputs)).backward()
-    del warm_up, inputs
-    before, peak, _ = watch()
+def _line(setting: Setting, found: list[float], rates: Rates) -> dict:
+    line = {"N": setting.batch, "micro-batch": setting.micro_batch or "all"}
+    line["recomputed"] = "yes" if setting.recompute else "no"
+    planned_mib, planned_s = memory(setting).peak / MIB, times(work(setting), rates).step
+    mib, took_s = found
+    line |= {"planned MiB": round(planned_mib), "measured MiB": round(mib), "MiB, ratio": planned_mib / mib}
+    return line | {"planned s": planned_s, "measured s": took_s, "s, ratio": planned_s / took_s}
+
+
+def training(setting: Setting) -> Callable[..., None]:
+    """step(pairs): a training step of the first so many pairs, of the whole batch if not given."""
     model, images, tokens = model_and_batch(setting.batch)
     model.set_grad_checkpointing(setting.recompute)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -100,14 +104,30 @@ def run(setting: Setting) -> tuple[float, float]:
     if setting.micro_batch is not None:
         cached = GradCache([model.encode_image, model.encode_text], setting.micro_batch)
         encode = lambda *batch: (*cached(*batch), model.logit_scale)  # noqa: E731 - as model(images, tokens)
-    taken = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
+
+    def step(pairs: int = setting.batch) -> None:
         optimizer.zero_grad()
-        clip_loss(*encode(images, tokens)).backward()
+        clip_loss(*encode(images[:pairs], tokens[:pairs])).backward()
         optimizer.step()
-        taken.append(time.perf_counter() - start)
-    return peak() - before, median(taken[1:])
+
+    return step
+
+
+def peak_mib(setting: Setting) -> float:
+    """Peak MiB of a training step; for a process of its own."""
+    return_freed_blocks()
+    training(replace(setting, batch=WARM_UP))()  # libraries, threads, their buffers
+    before, peak, _ = watch()
+    step = training(setting)
+    step(WARM_UP)  # makes AdamW's moments
+    step()
+    return peak() - before
+
+
+def step_s(setting: Setting) -> float:
+    """Median seconds of training steps after one that warms up; for a process of its own."""
+    step = training(setting)
+    return median([seconds(step)[0] for _ in range(STEPS)][1:])
 
 
 def main(config: Scaling) -> None:

@@ -68,10 +68,12 @@ def memory(setting: Setting) -> Memory:
 
 
 def _activations(setting: Setting) -> float:
-    """Of the whole batch in both towers; with gradient caching those of a micro-batch, in one tower at a time."""
+    """Of the whole batch in both towers, of which one is in backward and recomputes; with gradient caching those of a
+    micro-batch, in one tower at a time."""
     if setting.micro_batch is None:
-        return setting.rows * sum(tower.kept for tower in setting.towers)
-    return min(setting.micro_batch, setting.rows) * max(tower.kept for tower in setting.towers)
+        kept = sum(tower.kept for tower in setting.towers)
+        return setting.rows * (kept + max(tower.recomputed for tower in setting.towers))
+    return min(setting.micro_batch, setting.rows) * max(tower.kept + tower.recomputed for tower in setting.towers)
 
 
 def _loss(setting: Setting) -> float:

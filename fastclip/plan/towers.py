@@ -37,23 +37,25 @@ class Part:
 
 @dataclass(frozen=True)
 class TowerCost:
-    """Of one sample: FLOPs of the forward pass, bytes kept for backward (as they are freed, gradients come)."""
+    """Of one sample: FLOPs of the forward pass, bytes kept for backward (as they are freed, gradients come), and bytes
+    of the largest part that backward recomputes, while it does."""
 
     flops: float
     kept: float
+    recomputed: float = 0.0
 
 
 def tower_cost(config: ImageConfig | AnyTextConfig, embed_dim: int, number: int, recompute: bool) -> TowerCost:
     """number: bytes of the towers' activations, 4 for fp32, 2 for autocast to a 16-bit type on a GPU.
 
-    recompute: gradient checkpointing, which keeps the inputs of the parts that can be recomputed and one whole part.
+    recompute: gradient checkpointing, which keeps the inputs of the parts that can be recomputed.
     """
     parts = TOWERS[type(config)](config, embed_dim, number)
     flops = sum(part.flops for part in parts)
     if not recompute:
         return TowerCost(flops, sum(part.kept for part in parts))
     kept = sum(part.kept if part.input is None else part.input for part in parts)
-    return TowerCost(flops, kept + max((part.kept for part in parts if part.input is not None), default=0.0))
+    return TowerCost(flops, kept, max((part.kept for part in parts if part.input is not None), default=0.0))
 
 
 def _block(tokens: int, width: int, hidden: int, heads: int, number: int, stream: int = 4) -> Part:
