@@ -125,6 +125,17 @@ static FC_INLINE Real<P>* panel_of(const Wave<P>& wave, int64_t i, int64_t j, in
   return Precision<P>::kPair == 1 ? wave.block(i, j) + offset : scratch;
 }
 
+// Rows of kDeep elements each, into a panel that is multiplied along them: one below the other, or side by side.
+template <class P, int R>
+static FC_INLINE void store_rows(typename Simd<Real<P>>::V (&rows)[R], int64_t count, Stored<P>* out) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  if constexpr (Precision<P>::kPair == 1) {
+    for (int64_t r = 0; r < count; ++r) Simd<Real<P>>::store(out + r * W, rows[r]);
+  } else {
+    for (int64_t r = 0; r < count; r += 2) Operands<P>::interleave(out + r * W, rows[r], rows[r + 1]);
+  }
+}
+
 // Stores panel `panel` of G's block (i, j), if it is not there yet, and sets its positives aside.
 template <class P>
 static void store_panel(const Gradients<P>& p, const Wave<P>& wave, int64_t i, int64_t j, int64_t panel, Real<P>* g) {
@@ -182,25 +193,23 @@ static void weigh_wave(const Gradients<P>& p, const Wave<P>& wave, ParallelFor r
     p.slope[0] += p.slope[1 + task];
 }
 
-// The rows of y^ that the wave meets, out of y_columns: a panel [kPanel columns of y^, kPanel of D] at a time, turned.
+// The rows of y^ that the wave meets, out of y_columns: a square of lanes at a time, turned.
 template <class P>
 static void turn_columns(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
-  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  typedef Simd<Real<P>> L;
+  constexpr int64_t W = L::kPanel, kLanes = L::kLanes, kPair = Precision<P>::kPair, kDeep = kLanes * kPair;
   const int64_t D = p.S.D, depth = whole_pairs<P>(D), padded = ceil_div(D, W) * W;
   parallel(run, wave.j_last - wave.j_first, [&](int64_t task) {
     const int64_t j0 = (wave.j_first + task) * kBlock, rows = smaller(kBlock, p.S.M - j0);
-    for (int64_t k0 = 0; k0 < padded; k0 += W) {
-      Stored<P>* out = p.y_wave + task * kBlock * padded + k0 * whole_pairs<P>(rows);
-      const int64_t count = smaller(W, D - k0);
-      for (int64_t r0 = 0; r0 < rows; r0 += W) {
-        const Stored<P>* in = p.S.y_columns + (j0 + r0) * depth + k0 * W;
-        for (int64_t r = 0; r < smaller(W, rows - r0); ++r) {
-          for (int64_t k = 0; k < count; ++k) out[pair_index<P>(r0 + r, k)] = in[pair_index<P>(k, r)];
-          for (int64_t k = count; k < W; ++k) out[pair_index<P>(r0 + r, k)] = {};
-        }
-      }
-      for (int64_t r = rows; r < whole_pairs<P>(rows); ++r) {
-        for (int64_t k = 0; k < W; ++k) out[pair_index<P>(r, k)] = {};
+    for (int64_t k0 = 0; k0 < padded; k0 += kDeep) {
+      Stored<P>* out = p.y_wave + task * kBlock * padded + k0 / W * W * whole_pairs<P>(rows);
+      const int64_t lanes = smaller(kLanes, (depth - k0) / kPair);
+      for (int64_t r = 0; r < rows; r += kLanes) {
+        const Stored<P>* in = p.S.y_columns + (j0 + r / W * W) * depth + k0 * W + r % W * kPair;
+        typename L::V turned[kLanes] = {};
+        for (int64_t k = 0; k < lanes; ++k) __builtin_memcpy(&turned[k], in + k * W * kPair, kVectorBytes);
+        transpose<Real<P>>(turned);
+        store_rows<P>(turned, smaller(kLanes, rows - r), out + pair_index<P>(r, k0 % W));
       }
     }
   });
@@ -209,15 +218,21 @@ static void turn_columns(const Gradients<P>& p, const Wave<P>& wave, ParallelFor
 // x_pairs: the rows of x^, side by side.
 template <class P>
 static void pair_rows(const Gradients<P>& p, ParallelFor run) {
-  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  typedef Simd<Real<P>> L;
+  constexpr int64_t W = L::kPanel, kDeep = L::kLanes * Precision<P>::kPair;
   const int64_t padded = ceil_div(p.S.D, W) * W;
   parallel(run, ceil_div(p.S.N, kBlock), [&](int64_t block) {
     const int64_t i0 = block * kBlock, rows = smaller(kBlock, p.S.N - i0), whole = whole_pairs<P>(rows);
     for (int64_t k0 = 0; k0 < padded; k0 += W) {
       const Stored<P>* in = p.S.x_rows + i0 * padded + k0 * rows;
       Stored<P>* out = p.x_pairs + i0 * padded + k0 * whole;
-      for (int64_t r = 0; r < whole; ++r) {
-        for (int64_t k = 0; k < W; ++k) out[pair_index<P>(r, k)] = r < rows ? in[r * W + k] : Stored<P>{};
+      for (int64_t r = 0; r < rows; r += 2) {
+        for (int64_t k = 0; k < W; k += kDeep) {
+          typename L::V pair[2] = {};
+          __builtin_memcpy(&pair[0], in + r * W + k, kVectorBytes);
+          if (r + 1 < rows) __builtin_memcpy(&pair[1], in + (r + 1) * W + k, kVectorBytes);
+          store_rows<P>(pair, 2, out + pair_index<P>(r, k));
+        }
       }
     }
   });

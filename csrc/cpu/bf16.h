@@ -31,6 +31,15 @@ struct Operands<Bf16Dot> {
     const Pairs both = __builtin_convertvector(first, Pairs) | __builtin_convertvector(second, Pairs) << 16;
     __builtin_memcpy(p, &both, sizeof both);
   }
+  // The same of thirty-two elements each, which the vectors hold.
+  static FC_INLINE void interleave(Bfloat16* p, V first, V second) {
+    typedef uint16_t Half __attribute__((vector_size(32)));
+    Half a[2], b[2];
+    __builtin_memcpy(a, &first, sizeof a);
+    __builtin_memcpy(b, &second, sizeof b);
+    store_pairs(p, a[0], b[0]);
+    store_pairs(p + 32, a[1], b[1]);
+  }
 };
 
 }  // namespace FC_ISA

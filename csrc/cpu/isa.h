@@ -1,6 +1,7 @@
 // The kernels of one instruction set, as a table. Included once by each isa_*.cpp, after it has set its target.
 #pragma once
 #include "backward.h"
+#include "finish.h"
 #include "forward.h"
 #include "pack.h"
 #include "ranks.h"

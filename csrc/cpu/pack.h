@@ -1,4 +1,4 @@
-// Reads the user's rows, writes x^ = x / |x| (or x itself) in panels. Also the other end: gradients in the user's type.
+// Reads the user's rows, writes x^ = x / |x| (or x itself) in panels.
 #pragma once
 #include "convert.h"
 #include "problem.h"
@@ -38,13 +38,64 @@ static FC_INLINE double power_towards_one(double length) {
   return power;
 }
 
+// out = the first `count` of x, times the factor, as the matrices hold it.
+template <class P, class In>
+static FC_INLINE void convert(const In* x, int64_t count, double factor, Stored<P>* out) {
+  for (int64_t k = 0; k < count; ++k) narrow(Real<P>(widen(x[k]) * factor), out + k);
+}
+// A power of two: nothing to round.
+template <>
+FC_INLINE void convert<Bf16Dot>(const Bfloat16* x, int64_t count, double factor, Bfloat16* out) {
+  const float power = float(factor);
+  for (int64_t k = 0; k < count; ++k) out[k].bits = uint16_t(to_bits(widen(x[k]) * power) >> 16);
+}
+
+template <class P, class In>
+static void pack_rows(const Pack<P>& p, int64_t i0, int64_t rows, const double* factor) {
+  constexpr int W = Simd<Real<P>>::kPanel;
+  const int64_t D = p.x.width;
+  Stored<P>* block = p.rows + i0 * ((D + W - 1) / W * W);
+  for (int64_t k0 = 0; k0 < D; k0 += W) {
+    const int64_t count = D - k0 < W ? D - k0 : W;
+    for (int64_t i = 0; i < rows; ++i) {
+      Stored<P>* out = block + k0 * rows + i * W;
+      convert<P>(row_of<In>(p.x, i0 + i) + k0, count, factor[i], out);
+      for (int64_t k = count; k < W; ++k) out[k] = {};
+    }
+  }
+}
+
+// A square of lanes at a time, each of kPair elements.
+template <class P, class In>
+static void pack_columns(const Pack<P>& p, int64_t i0, int64_t rows, const double* factor) {
+  typedef Simd<Real<P>> L;
+  constexpr int W = L::kPanel, kLanes = L::kLanes, kPair = Precision<P>::kPair, kDeep = kLanes * kPair;
+  const int64_t D = p.x.width, depth = whole_pairs<P>(D);
+  for (int64_t j0 = 0; j0 < rows; j0 += W) {
+    Stored<P>* panel = p.columns + (i0 + j0) * depth;
+    for (int64_t k0 = 0; k0 < depth; k0 += kDeep) {
+      const int64_t count = D - k0 < kDeep ? D - k0 : kDeep, lanes = (count + kPair - 1) / kPair;
+      for (int64_t j = j0; j < j0 + W; j += kLanes) {
+        alignas(kVectorBytes) Stored<P> square[kLanes][kDeep] = {};
+        for (int64_t r = 0; r < kLanes && j + r < rows; ++r) {
+          convert<P>(row_of<In>(p.x, i0 + j + r) + k0, count, factor[j + r], square[r]);
+        }
+        typename L::V turned[kLanes];
+        for (int r = 0; r < kLanes; ++r) __builtin_memcpy(&turned[r], square[r], kVectorBytes);
+        transpose<Real<P>>(turned);
+        for (int64_t k = 0; k < lanes; ++k) {
+          __builtin_memcpy(panel + ((k0 / kPair + k) * W + j - j0) * kPair, &turned[k], kVectorBytes);
+        }
+      }
+    }
+  }
+}
+
 template <class P, class In>
 static void pack_block(const Pack<P>& p, int64_t i0, int64_t rows, double* factor) {
   typedef Real<P> T;
-  constexpr int W = Simd<T>::kPanel;
-  const int64_t D = p.x.width, depth = whole_pairs<P>(D);
   for (int64_t i = 0; i < rows; ++i) {
-    const double length = length_of(row_of<In>(p.x, i0 + i), D, p.normalize);
+    const double length = length_of(row_of<In>(p.x, i0 + i), p.x.width, p.normalize);
     p.length[i0 + i] = T(length);
     factor[i] = p.normalize ? 1.0 / length : 1.0;
     if (!p.factor) continue;
@@ -52,63 +103,10 @@ static void pack_block(const Pack<P>& p, int64_t i0, int64_t rows, double* facto
     p.factor[i0 + i] = T(1.0 / (length * factor[i]));
   }
   if (p.factor && i0 + rows == p.x.rows) {
-    for (int64_t i = i0 + rows; i % W; ++i) p.factor[i] = T(0);
+    for (int64_t i = i0 + rows; i % Simd<T>::kPanel; ++i) p.factor[i] = T(0);
   }
-  if (p.rows) {
-    Stored<P>* block = p.rows + i0 * ((D + W - 1) / W * W);
-    for (int64_t k0 = 0; k0 < D; k0 += W) {
-      const int64_t count = D - k0 < W ? D - k0 : W;
-      for (int64_t i = 0; i < rows; ++i) {
-        const In* x = row_of<In>(p.x, i0 + i) + k0;
-        Stored<P>* out = block + k0 * rows + i * W;
-        for (int64_t k = 0; k < count; ++k) narrow(T(widen(x[k]) * factor[i]), out + k);
-        for (int64_t k = count; k < W; ++k) out[k] = {};
-      }
-    }
-  }
-  if (p.columns) {
-    for (int64_t j0 = 0; j0 < rows; j0 += W) {
-      Stored<P>* panel = p.columns + (i0 + j0) * depth;
-      const int64_t count = rows - j0 < W ? rows - j0 : W;
-      constexpr int64_t kStrip = 16;  // so many k at a time: whole cache lines of both sides stay in L1
-      for (int64_t k0 = 0; k0 < depth; k0 += kStrip) {
-        const int64_t k1 = k0 + kStrip < D ? k0 + kStrip : D, end = k0 + kStrip < depth ? k0 + kStrip : depth;
-        for (int64_t j = 0; j < count; ++j) {
-          const In* x = row_of<In>(p.x, i0 + j0 + j);
-          for (int64_t k = k0; k < k1; ++k) narrow(T(widen(x[k]) * factor[j0 + j]), panel + pair_index<P>(k, j));
-        }
-        for (int64_t j = 0; j < W; ++j) {
-          for (int64_t k = j < count ? k1 : k0; k < end; ++k) panel[pair_index<P>(k, j)] = {};
-        }
-      }
-    }
-  }
-}
-
-template <class T, class In>
-static void finish_row(const Finish<T>& f, int64_t i) {
-  constexpr int W = Simd<T>::kPanel;
-  const int64_t D = f.x.width, padded = (D + W - 1) / W * W;
-  const In* x = row_of<In>(f.x, i);
-  T* dx = f.dx + i * padded;
-  const double length = f.normalize ? length_of(x, D, true) : 1.0, factor = 1.0 / length;
-  if (f.factor) {
-    for (int64_t k = 0; k < D; ++k) dx[k] /= f.factor[i];
-  }
-  double lanes[W] = {}, inner = 0.0;
-  for (int64_t k0 = 0; k0 < D; k0 += W) {
-    const int64_t count = D - k0 < W ? D - k0 : W;
-    for (int64_t k = 0; k < count; ++k) lanes[k] += double(T(widen(x[k0 + k]) * factor)) * double(dx[k0 + k]);
-  }
-  for (int k = 0; k < W; ++k) inner += lanes[k];
-  f.inner[i] = inner;
-  if (!f.grad) return;
-  In* out = static_cast<In*>(f.grad) + i * D;
-  // A length clamped to eps is a constant: no component along x^ to remove.
-  const T along = f.normalize && !(length <= kShortest) ? T(inner) : T(0), divisor = T(length);
-  for (int64_t k = 0; k < D; ++k) {
-    narrow(f.scale * (dx[k] - T(widen(x[k]) * factor) * along) / divisor, out + k);
-  }
+  if (p.rows) pack_rows<P, In>(p, i0, rows, factor);
+  if (p.columns) pack_columns<P, In>(p, i0, rows, factor);
 }
 
 // Both sides at once: a thread is woken once.
@@ -129,27 +127,6 @@ static void pack(const Pack<P>& x, const Pack<P>& y, ParallelFor run) {
         case Element::bf16: pack_block<P, Bfloat16>(p, i0, rows, factor); break;
         case Element::f16: pack_block<P, Half>(p, i0, rows, factor); break;
         default: pack_block<P, float>(p, i0, rows, factor);
-      }
-    }
-  });
-}
-
-template <class T>
-static void finish(const Finish<T>& x, const Finish<T>& y, ParallelFor run) {
-  constexpr int64_t kRows = 64;  // rows a task
-  const int64_t x_tasks = (x.x.rows + kRows - 1) / kRows, y_tasks = (y.x.rows + kRows - 1) / kRows;
-  parallel(run, x_tasks + y_tasks, [&](int64_t task) {
-    const Finish<T>& f = task < x_tasks ? x : y;
-    const int64_t first = (task < x_tasks ? task : task - x_tasks) * kRows;
-    for (int64_t i = first; i < first + kRows && i < f.x.rows; ++i) {
-      if constexpr (sizeof(T) == 8) {
-        finish_row<T, double>(f, i);
-      } else {
-        switch (f.x.element) {
-          case Element::bf16: finish_row<T, Bfloat16>(f, i); break;
-          case Element::f16: finish_row<T, Half>(f, i); break;
-          default: finish_row<T, float>(f, i);
-        }
       }
     }
   });

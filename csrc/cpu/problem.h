@@ -147,8 +147,7 @@ struct Sigmoid {
 };
 
 // grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type; inner [rows] = <x^,
-// dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided by first, in place;
-// null: 1.
+// dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided by first; null: 1.
 template <class T>
 struct Finish {
   Features x;

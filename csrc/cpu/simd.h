@@ -19,17 +19,65 @@ namespace FC_ISA {
 constexpr int kVectorBytes = FC_VECTOR_BYTES;
 constexpr int kVectorsPerPanel = FC_VECTORS_PER_PANEL;
 
-// V: one vector of T. kLanes: its elements. kPanel: columns of a panel, the unit in which matrices are stored.
+template <int kBytes>
+struct Integer {
+  typedef int32_t Type;
+};
+template <>
+struct Integer<8> {
+  typedef int64_t Type;
+};
+
+// V: one vector of T. Lanes: of integers as wide. kLanes: its elements. kPanel: columns of a panel, the unit in which
+// matrices are stored.
 template <class T>
 struct Simd {
   typedef T V __attribute__((vector_size(kVectorBytes)));
   typedef T Unaligned __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  typedef typename Integer<sizeof(T)>::Type Lane;
+  typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
   static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   static constexpr int kPanel = kLanes * kVectorsPerPanel;
   static FC_INLINE V load(const T* p) { return *reinterpret_cast<const Unaligned*>(p); }
   static FC_INLINE void store(T* p, V v) { *reinterpret_cast<Unaligned*>(p) = v; }
   static FC_INLINE V fill(T s) { return V{} + s; }
 };
+
+// Lanes of two vectors, picked by number: those of b follow those of a.
+template <class V, class Lanes>
+static FC_INLINE V pick(V a, V b, Lanes lanes) {
+#if defined(__clang__)
+  constexpr int kLanes = int(sizeof(V) / sizeof(a[0]));
+  V out;
+  FC_UNROLL
+  for (int l = 0; l < kLanes; ++l) out[l] = int(lanes[l]) < kLanes ? a[lanes[l]] : b[lanes[l] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
+// Lane l of rows[r] becomes lane r of rows[l], whatever bits the lanes hold.
+template <class T, int kStep = 1>
+static FC_INLINE void transpose(typename Simd<T>::V (&rows)[Simd<T>::kLanes]) {
+  constexpr int kLanes = Simd<T>::kLanes;
+  if constexpr (kStep < kLanes) {
+    typename Simd<T>::Lanes lower, upper;
+    FC_UNROLL
+    for (int l = 0; l < kLanes; ++l) {
+      lower[l] = l & kStep ? kLanes + l - kStep : l;
+      upper[l] = l & kStep ? kLanes + l : l + kStep;
+    }
+    FC_UNROLL
+    for (int r = 0; r < kLanes; ++r) {
+      if (r & kStep) continue;
+      const auto a = rows[r], b = rows[r + kStep];
+      rows[r] = pick(a, b, lower);
+      rows[r + kStep] = pick(a, b, upper);
+    }
+    transpose<T, 2 * kStep>(rows);
+  }
+}
 
 constexpr int kRowsPerTile = 6;  // 6 x 2 (AVX2) or 6 x 4 (AVX-512) accumulators leave registers for the operands
 
