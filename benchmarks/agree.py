@@ -3,8 +3,8 @@
     python -m benchmarks.agree A.json B.json
 
 Compared are the paired ratios and the shares of the floor of everything that both measured: two values agree where
-their printed spreads (10th to 90th percentile of the rounds) overlap. Seconds are counted apart, as a clock that slows
-down between two runs moves them and not the others. Exit code 1 where a ratio or a share disagrees.
+their printed spreads (measure.Spread) overlap. Seconds are counted apart, as a clock that slows down between two runs
+moves them and not the others. Exit code 1 where a ratio or a share disagrees.
 """
 
 from __future__ import annotations

@@ -46,9 +46,9 @@ class Config:
     call_limit_s: float | None = None
     """A call expected to take longer (from the size before, as N^2) is not made."""
     group_s: float | None = None
-    """Time for the paired runs of one problem; there are six rounds all the same, fewer only where they are slow."""
+    """Time for the paired runs of one problem; each process makes two rounds all the same, one where they are slow."""
     processes: int | None = None
-    """Processes that the paired runs of one problem are spread over."""
+    """Processes that the paired runs of one problem are spread over, and they over the run; three where it is slow."""
     memory_limit_gib: float | None = None
     """A peer expected to need more is not run; 0.8 of what is available if not given."""
     memory: bool = True
@@ -107,5 +107,5 @@ def _check(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
         raise ValueError(f"--{flag} takes {', '.join(known)}; got {' '.join(sorted(wrong))}")
 
 
-QUICK = {"dtypes": ("fp32",), "widths": (), "call_limit_s": 4.0, "group_s": 4.0, "processes": 2}
-FULL = {"dtypes": ("fp32", "bf16"), "widths": (128, 1024), "call_limit_s": 32.0, "group_s": 16.0, "processes": 3}
+QUICK = {"dtypes": ("fp32",), "widths": (), "call_limit_s": 4.0, "group_s": 3.0, "processes": 4}
+FULL = {"dtypes": ("fp32", "bf16"), "widths": (128, 1024), "call_limit_s": 32.0, "group_s": 12.0, "processes": 4}

@@ -78,7 +78,8 @@ def relative(results: Results, row: Row) -> tuple[str, Spread] | None:
     plain = next((other for other in others if not other.ours), None)
     if plain is None or len(plain.seconds["runs"]) != len(row.seconds["runs"]):
         return None
-    return f"time over that of {plain.label}", paired(row.seconds["runs"], plain.seconds["runs"])
+    times = (row.seconds["runs"], plain.seconds["runs"], row.seconds.get("processes", ()))
+    return f"time over that of {plain.label}", paired(*times)
 
 
 def overlap(a: Spread, b: Spread) -> bool:

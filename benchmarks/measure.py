@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from statistics import median, quantiles
 
 from fastclip.benchmarks.case import Call
@@ -12,23 +13,27 @@ from fastclip.benchmarks.case import Call
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of the runs of one thing and the spread around it: their 10th and 90th percentiles.
+    """Median of the runs of one thing and the spread around it: the wider, at each end, of their 10th and 90th
+    percentiles and of the processes' medians.
 
-    Percentiles and not an error of the median: runs in one process are not independent of each other, and what a
-    process changes (where its memory lies) does not average out with more rounds in it.
+    processes: how many of the runs each process made, in order; empty where there was one. What a process, or a minute,
+    changes does not average out with more rounds in it, so two runs of the same program agree no better than their
+    processes do. Of k processes each, with medians of one distribution, they are disjoint once in C(2k, k) / 2 times.
     """
 
     median: float
     low: float
     high: float
     runs: list[float]
+    processes: list[int] = field(default_factory=list)
 
     @staticmethod
-    def of(runs: Sequence[float]) -> Spread:
-        if len(runs) == 1:
-            return Spread(runs[0], runs[0], runs[0], list(runs))
-        tenths = quantiles(runs, n=10, method="inclusive")
-        return Spread(median(runs), tenths[0], tenths[-1], list(runs))
+    def of(runs: Sequence[float], processes: Sequence[int] = ()) -> Spread:
+        ends = [0, *accumulate(processes or [len(runs)])]
+        medians = [median(runs[start:end]) for start, end in pairwise(ends)]
+        tenths = quantiles(runs, n=10, method="inclusive") if len(runs) > 1 else runs
+        low, high = min(tenths[0], *medians), max(tenths[-1], *medians)
+        return Spread(median(runs), low, high, list(runs), list(processes))
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, object]:
@@ -55,6 +60,6 @@ def interleaved(calls: dict[str, Call], between: Callable[[], None], rounds: ran
     return times
 
 
-def paired(over: Sequence[float], under: Sequence[float]) -> Spread:
+def paired(over: Sequence[float], under: Sequence[float], processes: Sequence[int] = ()) -> Spread:
     """The quotient round by round."""
-    return Spread.of([a / b for a, b in zip(over, under, strict=True)])
+    return Spread.of([a / b for a, b in zip(over, under, strict=True)], processes)

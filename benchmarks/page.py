@@ -24,7 +24,7 @@ from fastclip.benchmarks.tables import Table
 
 KINDS = {
     "time": "Time of one call, median",
-    "ratio": "Times as long as the first line, same rounds: median (10th to 90th percentile)",
+    "ratio": "Times as long as the first line, same rounds: median (spread of rounds and processes)",
     "memory": "Peak memory above inputs and results",
     "floor": "Share of the floor (of fp32's floor in parentheses)",
     "error": "Worst relative error against float64",

@@ -37,8 +37,8 @@ def pictures(results: Results) -> list[Picture]:
             continue
         prefix, title = "" if case == "clip" else f"{case}-", TITLES[case]
         found += [
-            (f"{prefix}time", time_plot(results, case, title), "Medians of paired runs; bands are their 10th to 90th "
-             "percentiles. A cross: the machine has no room for it (time extended as N^2)."),
+            (f"{prefix}time", time_plot(results, case, title), "Medians of paired runs; bands are their spread. A "
+             "cross: the machine has no room for it (time extended as N^2)."),
             (f"{prefix}memory", memory_plot(results, case, title), "Measured in a process for each call."),
             (f"{prefix}floor", floor_plot(results, case, title), "The floor is the work that no form of this loss "
              "without the matrix can avoid, at the rate of torch's fastest matrix products in the same rounds. Forms "
@@ -48,7 +48,7 @@ def pictures(results: Results) -> list[Picture]:
         found.append(("capacity", capacity_plot(results), "Features, their gradients and the measured peak, extended "
                       "as N^2 where matrices are held and along a line elsewhere."))  # fmt: skip
     few = {case: TITLES.get(case, case) for case in results.names("case") if case != "clip"}
-    found.append(("cases", bars(results, few), "Medians and 10th to 90th percentiles; peak memory beside them."))
+    found.append(("cases", bars(results, few), "Medians and spreads; peak memory beside them."))
     return [Picture(name, figure, caption) for name, figure, caption in found if figure is not None]
 
 

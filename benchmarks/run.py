@@ -1,10 +1,12 @@
 """In which order it is measured. For every problem: who can run; peak memory and correctness of each, in a process of
-its own; then paired runs of all that passed, spread over several processes.
+its own; paired runs of all that passed, in another one. Then paired runs of every problem in a second process, a third,
+and so on: a problem's processes are spread over the whole run, so that a slow minute of the machine is one of several.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from statistics import median
 
 from fastclip.benchmarks import memory
 from fastclip.benchmarks.case import Case, Peer, Problem, Truth, errors
@@ -20,8 +22,25 @@ HOPELESS_S = 2.0
 COLD_IS_WARM_S = 0.4  # a call this long does not notice a cold start
 CHILD_COUNTS_S = 4.0  # where all are this long, the calls that measured memory are a round too
 LONG_ROUND_S = 40.0  # a round this long is made once more, and that is all
-PATIENCE = 6  # times --group-s that three rounds in each process may take
+ROUNDS = range(2, 12)  # of each process: A B C, C B A, and more while there is time
+PATIENCE = 7  # times --group-s that the least rounds of all processes may take
+FEWEST = 3  # processes, where rounds are so slow that this is exceeded
 YARDSTICK_ROWS = 1024
+
+
+@dataclass
+class Group:
+    """A problem on its way: its rows in the case's order, those to be timed, and what each process has measured."""
+
+    case: Case
+    problem: Problem
+    rows: list[Row]
+    timed: list[Row] = field(default_factory=list)
+    truth: Truth | None = None
+    yardstick: dict[str, float] = field(default_factory=dict)
+    processes: int = 0
+    schedule: Schedule | None = None
+    measured: list[Rounds] = field(default_factory=list)
 
 
 class Runner:
@@ -42,25 +61,42 @@ class Runner:
 
     def steps(self) -> int:
         """How often `tell` will be called, at most."""
-        return sum(len(self._wanted(CASES[problem.case], problem)) + 1 for problem in self.problems)
+        return sum(len(self._wanted(CASES[problem.case], problem)) + self.config.processes for problem in self.problems)
 
-    def run(self, finished: Callable[[list[Row]], None]) -> None:
-        for problem in self.problems:
-            rows = self._problem(CASES[problem.case], problem)
-            self.results.add(rows)
-            finished(rows)
+    def run(self, finished: Callable[[list[Row]], None], kept: Callable[[], None] = lambda: None) -> None:
+        """kept is called when the results have grown by another process's."""
+        for group in self._measure(self.problems):
+            kept()
+            if len(group.measured) >= group.processes:
+                finished(group.rows)
 
     def again(self, problems: list[Problem]) -> None:
         """Measures these problems anew, in place of what the results have."""
+        for _ in self._measure(problems):
+            pass
+
+    def _measure(self, problems: Iterable[Problem]) -> Iterator[Group]:
+        """Yields a problem's group, its rows up to date, after each of its processes."""
+        groups = []
         for problem in problems:
-            self.results.add(self._problem(CASES[problem.case], problem))
+            group = self._begin(CASES[problem.case], problem)
+            groups.append(group)
+            if group.timed:
+                self._next_process(group)
+            self.results.add(group.rows)
+            yield group
+        while groups := [group for group in groups if len(group.measured) < group.processes]:
+            for group in groups:
+                self._next_process(group)
+                yield group
 
     def _wanted(self, case: Case, problem: Problem) -> list[Peer]:
         """The plain form first: its error is the yardstick for the others."""
         peers = [peer for peer in case.peers.values() if case.wants(peer, problem, self.config)]
         return sorted(peers, key=lambda peer: peer.name != case.reference)
 
-    def _problem(self, case: Case, problem: Problem) -> list[Row]:
+    def _begin(self, case: Case, problem: Problem) -> Group:
+        """Who can run, and of these who passes; how the paired runs are to be."""
         rows, truth, passed = {}, None, []
         for peer in self._wanted(case, problem):
             self.tell(f"{problem}: {peer.label}")
@@ -73,10 +109,11 @@ class Runner:
             if self._check(case, peer, row, problem, truth):
                 passed.append(row)
         in_order = [rows[name] for name in case.peers if name in rows]
-        if passed:
-            self.tell(f"{problem}: paired runs")
-            self._time([row for row in in_order if row in passed], case, problem, truth)
-        return in_order
+        if not passed:
+            return Group(case, problem, in_order)
+        timed = [row for row in in_order if row in passed]
+        yardstick = self._yardstick(case, problem)
+        return Group(case, problem, in_order, timed, truth, yardstick, *self._schedule(timed, case))
 
     def _verdict(self, peer: Peer, problem: Problem) -> tuple[str, str]:
         """Status and note of a peer that is not run on this problem, or "to run"."""
@@ -134,52 +171,52 @@ class Runner:
             self.yardsticks[key] = errors(case.observe(found, small), case.truth(small))
         return self.yardsticks[key]
 
-    def _time(self, rows: list[Row], case: Case, problem: Problem, truth: Truth) -> None:
-        """Paired runs in several processes, and what follows from them."""
-        names = [row.peer for row in rows]
-        processes, schedule = self._schedule(rows, case)
-        yardstick = self._yardstick(case, problem)
-        measured = []
-        for _ in range(processes):
-            arguments = (names, problem, truth, yardstick, schedule, self.config.time_wrong)
-            try:
-                measured.append(run_in_child(measure_rounds, *arguments, threads=self.config.threads))
-            except ChildError as error:
-                for row in rows:
-                    row.status, row.note = "failed", f"paired runs: {error}"
-                return
-        failures = {name: reason for rounds in measured for name, reason in rounds.failure.items()}
-        for row in rows:
-            if row.peer in failures:
-                wrong = failures[row.peer].startswith("wrong")
-                row.status, row.note = "wrong" if wrong else "failed", failures[row.peer]
-        timed = [row for row in rows if all(row.peer in rounds.seconds for rounds in measured)]
-        times = {row.peer: [s for rounds in measured for s in rounds.seconds[row.peer]] for row in timed}
-        child_counts = min(row.child_s or 0.0 for row in rows) > CHILD_COUNTS_S
-        self._summarise(timed, times, case, problem, measured, child_counts)
+    def _next_process(self, group: Group) -> None:
+        """Paired runs in one more process, from the last peer to the first in every second one; and what follows."""
+        made = len(group.measured)
+        self.tell(f"{group.problem}: paired runs, process {made + 1}")
+        names = [row.peer for row in group.timed][:: -1 if made % 2 else 1]
+        arguments = (names, group.problem, group.truth, group.yardstick, group.schedule)
+        try:
+            found = run_in_child(measure_rounds, *arguments, self.config.time_wrong, threads=self.config.threads)
+        except ChildError as error:
+            group.processes = made
+            for row in group.timed:
+                row.status, row.note = "failed", f"paired runs: {error}"
+            return
+        group.measured.append(found)
+        for row in group.timed:
+            if reason := found.failure.get(row.peer):
+                row.status, row.note = "wrong" if reason.startswith("wrong") else "failed", reason
+        self._summarise(group)
 
     def _schedule(self, rows: list[Row], case: Case) -> tuple[int, Schedule]:
         """How many processes, and what each is to do."""
-        processes, each_s = self.config.processes, self.config.group_s / self.config.processes
         known = {row.peer: row.child_s or 0.0 for row in rows}
-        long = {name for name, seconds in known.items() if seconds > COLD_IS_WARM_S}
-        cold = tuple(name for name in known if name in long and not case.peers[name].compiles)
+        cold = tuple(name for name, s in known.items() if s > COLD_IS_WARM_S and not case.peers[name].compiles)
         round_s = sum(known.values())
         if min(known.values()) > CHILD_COUNTS_S:
-            return 1 if round_s > LONG_ROUND_S else 2, Schedule(range(1, 2), each_s, cold)
-        affordable = PATIENCE * self.config.group_s / (processes * round_s) if round_s else 3.0
-        return processes, Schedule(range(max(1, min(3, int(affordable))), 12), each_s, cold)
+            return 1 if round_s > LONG_ROUND_S else 2, Schedule(range(1, 2), 0.0, cold)
+        affordable = int(PATIENCE * self.config.group_s / max(round_s, 1e-3))
+        processes = min(self.config.processes, max(FEWEST, affordable))
+        rounds = range(max(1, min(ROUNDS.start, affordable // processes)), ROUNDS.stop)
+        return processes, Schedule(rounds, self.config.group_s / processes, cold)
 
-    def _summarise(self, rows, times, case: Case, problem: Problem, measured: list[Rounds], child_counts: bool) -> None:
+    def _summarise(self, group: Group) -> None:
+        """Medians, spreads and ratios of the peers that every process has timed."""
+        case, problem, measured = group.case, group.problem, group.measured
+        rows = [row for row in group.timed if all(row.peer in rounds.seconds for rounds in measured)]
+        times = {row.peer: [s for rounds in measured for s in rounds.seconds[row.peer]] for row in rows}
+        child_counts = min(row.child_s or 0.0 for row in group.timed) > CHILD_COUNTS_S
         base = times.get(rows[0].peer) if rows and rows[0].peer == self._first(case, problem) else None
         for row in rows:
-            runs = times[row.peer]
+            runs, made = times[row.peer], [len(rounds.seconds[row.peer]) for rounds in measured]
             row.status = "wrong" if row.status == "wrong" else "measured"
             for rounds in measured:
                 for name, value in rounds.error.get(row.peer, {}).items():
                     row.error[name] = max(value, row.error.get(name, 0.0))
-            row.seconds = asdict(Spread.of([row.child_s, *runs] if child_counts else runs))
-            row.ratio = asdict(paired(runs, base)) if base else None
+            row.seconds = asdict(Spread.of([row.child_s, *runs], [1, *made]) if child_counts else Spread.of(runs, made))
+            row.ratio = asdict(paired(runs, base, made)) if base else None
             if measured[0].gflops:
                 _compare_with_floor(row, runs, measured, *case.floor(problem))
 
@@ -191,12 +228,13 @@ class Runner:
 
 def _compare_with_floor(row: Row, runs: list[float], measured: list[Rounds], flop: float, moved: float) -> None:
     """Floors of every round, from the rates that were measured in it, over the time of the same round."""
-    row.byte_floor_s = moved / Spread.of([rounds.gbytes for rounds in measured]).median / 1e9
+    row.byte_floor_s = moved / median(rounds.gbytes for rounds in measured) / 1e9
     rates, row.gemm_library = _fastest(measured, row.dtype)
     fp32_rates, _ = _fastest(measured, "fp32")
     floors, fp32_floors = ([max(flop / r / 1e9, row.byte_floor_s) for r in each] for each in (rates, fp32_rates))
-    row.gemm_gflops, row.floor_s = Spread.of(rates).median, Spread.of(floors).median
-    row.share, row.fp32_share = asdict(paired(floors, runs)), asdict(paired(fp32_floors, runs))
+    row.gemm_gflops, row.floor_s = median(rates), median(floors)
+    made = [len(rounds.seconds[row.peer]) for rounds in measured]
+    row.share, row.fp32_share = asdict(paired(floors, runs, made)), asdict(paired(fp32_floors, runs, made))
 
 
 def _fastest(measured: list[Rounds], dtype: str) -> tuple[list[float], str]:
@@ -207,5 +245,5 @@ def _fastest(measured: list[Rounds], dtype: str) -> tuple[list[float], str]:
             rates[library] += samples
     rounds_made = max(map(len, rates.values()))
     rates = {library: samples for library, samples in rates.items() if len(samples) == rounds_made}
-    library = max(rates, key=lambda name: Spread.of(rates[name]).median)
+    library = max(rates, key=lambda name: median(rates[name]))
     return rates[library], library

@@ -44,7 +44,7 @@ def run(config: Config) -> int:
 
 
 def _measure(config: Config) -> tuple[Results, Path, Runner]:
-    """The CPU's cases, and what the others measure; kept after every problem."""
+    """The CPU's cases, and what the others measure; kept after every process."""
     torch.set_num_threads(config.threads)
     here = machine.describe(config.threads)
     earlier = load(config.add) if config.add else None
@@ -58,11 +58,13 @@ def _measure(config: Config) -> tuple[Results, Path, Runner]:
 
     def finished(rows: list[Row]) -> None:
         progress.print(report.problem_table(rows))
+
+    def kept() -> None:
         if earlier is None:
             results.save(path)
 
     try:
-        runner.run(finished)
+        runner.run(finished, kept)
         for name in others:
             progress.tell(external.MODULES[name])
             results.extra[name] = external.measure(name, config)

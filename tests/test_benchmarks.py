@@ -182,13 +182,14 @@ def test_the_share_of_the_floor_is_that_of_the_fastest_library_round_by_round():
 @pytest.mark.parametrize(
     ("calls_s", "processes", "rounds", "cold"),
     [
-        ((0.01, 0.02), 3, 3, 0),
-        ((0.3, 8.0), 3, 3, 1),
-        ((1.0, 15.0), 3, 2, 2),
+        ((0.01, 0.02), 4, 2, 0),
+        ((0.3, 8.0), 4, 2, 1),
+        ((1.0, 15.0), 4, 1, 2),
+        ((3.0, 30.0), 3, 1, 2),
         ((5.0, 9.0), 2, 1, 2),
         ((30.0, 31.0), 1, 1, 2),
     ],
-    ids=("short", "one long", "all long", "child counts", "very long"),
+    ids=("short", "one long", "all long", "fewer processes", "child counts", "very long"),
 )
 def test_slow_calls_get_fewer_rounds(calls_s, processes, rounds, cold):
     runner = Runner(Config(widths=(), threads=1).resolved(), Results("cpu", {}), tell=lambda what: None)
@@ -236,6 +237,43 @@ def test_the_spread_is_of_the_runs_and_leaves_their_tails_out():
     spread = Spread.of([float(i) for i in range(1, 12)])
     assert (spread.low, spread.median, spread.high) == (2.0, 6.0, 10.0)
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, [3.0])
+
+
+def test_the_spread_reaches_to_every_process_s_median():
+    quiet, slow = [1.0] * 20, [2.0, 2.0]
+    assert Spread.of(quiet + slow).high == 1.0  # 2 of 22 are beyond the 90th percentile
+    spread = Spread.of(quiet + slow, [20, 2])
+    assert (spread.low, spread.median, spread.high, spread.processes) == (1.0, 1.0, 2.0, [20, 2])
+    assert paired([4.0, 2.0], [2.0, 2.0], [1, 1]) == Spread(1.5, 1.0, 2.0, [2.0, 1.0], [1, 1])
+
+
+def test_processes_of_a_problem_are_spread_over_the_run_and_turn_the_order_round(patchable):
+    order = []
+
+    def measure_rounds(names, problem, *rest):
+        order.append((problem.mode, names))
+        return Rounds({name: [float(len(order))] for name in names}, error={name: {} for name in names})
+
+    patchable.setattr("fastclip.benchmarks.run.measure_rounds", measure_rounds)
+    rows = run(replace(SMALL, memory=False, processes=2)).rows
+    there, back = ["eager", "dense"], ["dense", "eager"]
+    assert order == [("forward", there), (TRAINING, there), ("forward", back), (TRAINING, back)]
+    assert [row.seconds["runs"] for row in rows[::2]] == [[1.0, 3.0], [2.0, 4.0]]
+
+
+def test_paired_runs_that_end_their_process_fail_their_problem_alone(patchable):
+    processes = []
+
+    def measure_rounds(names, problem, *rest):
+        processes.append(problem.mode)
+        if processes == ["forward", TRAINING, "forward"]:
+            raise ChildError("its process ended")
+        return Rounds({name: [1.0] for name in names})
+
+    patchable.setattr("fastclip.benchmarks.run.measure_rounds", measure_rounds)
+    rows = run(replace(SMALL, memory=False, processes=3)).rows
+    assert [(row.status, row.note) for row in rows[:2]] == [("failed", "paired runs: its process ended")] * 2
+    assert [len(row.seconds["runs"]) for row in rows[2:]] == [3, 3]
 
 
 def test_own_work_is_not_taken_for_other_programs(monkeypatch):
