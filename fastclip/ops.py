@@ -136,7 +136,7 @@ def _sums(
     x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None, keep=False
 ):
     chosen, mask = backends.choose(x, backend), Mask(row_ids, col_ids, row_limit, col_limit)
-    kept = _kept(chosen, x, y, keep and row_ids is None)
+    kept = _kept(chosen, x, y, keep)
     rest = (kept,) if kept.numel() else ()
     return *chosen.similarity_sums(x, y, scale, positive, normalize, mask, *rest), kept
 
@@ -171,7 +171,7 @@ def _fake_sums(
     same_device(x, y, scale, positive, row_ids, col_ids, row_limit, col_limit)
     rows = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     cols = y.new_empty(y.shape[0], dtype=rows.dtype)
-    kept = _kept(backends.choose(x, backend), x, y, keep and row_ids is None)
+    kept = _kept(backends.choose(x, backend), x, y, keep)
     return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows), kept
 
 

@@ -230,7 +230,7 @@ def test_what_is_kept_of_a_small_problem_changes_no_bit(monkeypatch, n, m, d, dt
     positive, upstream = torch.randperm(m)[:n], (torch.randn(n), torch.randn(m), torch.randn(n))
 
     def gradients(most: int) -> tuple[int, list[torch.Tensor]]:
-        monkeypatch.setattr(cpu, "KEPT_ENTRIES", most)
+        monkeypatch.setattr(cpu, "KEPT_PAIRS", most)
         inputs = [t.clone().requires_grad_() for t in (x, y, torch.tensor(20.0, dtype=accumulation_dtype(dtype)))]
         plain = [t.detach() for t in inputs]
         elements = torch.ops.fastclip.similarity_sums(*plain, positive, True, "cpu", keep=True)[5].numel()

@@ -26,7 +26,7 @@ def saved_bytes(loss, image, text, **options) -> int:
 
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "reduction": "none"}], ids=["plain", "smoothed"])
 def test_what_autograd_keeps_grows_with_n(backend, options):
-    d, sizes = 8, (1100, 2200, 4400)  # above the fixed number of pairs that the CPU kernels may keep (KEPT_ENTRIES)
+    d, sizes = 8, (1100, 2200, 4400)  # above the fixed number of pairs that the CPU kernels may keep (KEPT_PAIRS)
     kept = [saved_bytes(clip_loss, *features(n, d, backend), backend=backend, **options) for n in sizes]
     assert kept[1] <= 2.05 * kept[0] and kept[2] <= 2.05 * kept[1]
     features_and_vectors = 4 * sizes[2] * (2 * d + 60)
@@ -36,7 +36,7 @@ def test_what_autograd_keeps_grows_with_n(backend, options):
 @pytest.mark.skipif("cpu" not in available_backends(), reason="only the C++ kernels keep anything")
 def test_what_is_kept_of_a_small_batch_has_a_fixed_bound():
     sizes = (1023, 1024, 1025)
-    bounded = 4 * cpu.KEPT_ENTRIES + 4 * 1024 * (2 * cpu.WIDEST_PANEL + 2 * 8 + 60)
+    bounded = 4 * cpu.KEPT_PAIRS + 4 * 1024 * (2 * cpu.WIDEST_PANEL + 2 * 8 + 60)
     assert all(saved_bytes(clip_loss, *features(n, 8), backend="cpu") <= bounded for n in sizes)
 
 

@@ -14,10 +14,11 @@ namespace FC_ISA {
 
 constexpr int64_t kPanelsPerTask = 4;  // panels of D a task of the two products takes
 
-// Turns a panel of x^ y^T into G = exp(S - shift) (a + b), d at the positives, 0 beyond M. With Bf16Dot, returns the
-// sum of G_ij <x^_i, y^_j>.
+// out = G = exp(S - shift) (a + b) from a panel of x^ y^T, which may lie in the same place; d at the positives, 0 beyond
+// M. With Bf16Dot, returns the sum of G_ij <x^_i, y^_j>.
 template <class P, bool kOneShift>
-static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64_t j0, Real<P>* panel) {
+static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64_t j0, const Real<P>* panel,
+                          Real<P>* out) {
   typedef Real<P> T;
   typedef Simd<T> L;
   typedef typename L::V V;
@@ -30,7 +31,8 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
   }
   V slope = {};
   for (int64_t r = 0; r < rows; ++r) {
-    T* row = panel + r * W;
+    const T* from = panel + r * W;
+    T* row = out + r * W;
     V dots[NV];
     T by_row[W], by_col[W];  // a and b of the pairs that are negatives
     if (S.mask.row_ids) {
@@ -38,10 +40,10 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
         by_row[j] = p.a[i0 + r];
         by_col[j] = tail_b[j];
       }
-      drop_non_negatives(S, i0 + r, j0, row, by_row, by_col);
+      drop_non_negatives(S, i0 + r, j0, from, by_row, by_col);
     }
     for (int v = 0; v < NV; ++v) {
-      dots[v] = L::load(row + v * L::kLanes);
+      dots[v] = L::load(from + v * L::kLanes);
       const V s = rounded(dots[v] * S.scale);
       V a = L::fill(p.a[i0 + r]), b = L::load(tail_b + v * L::kLanes);
       if (S.mask.row_ids) {
@@ -68,27 +70,6 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
     }
   }
   return double(sum_of_lanes<T>(slope));
-}
-
-// The same from the entries that the forward pass kept; one shift serves all.
-template <class P>
-static void weigh_entries(const Gradients<P>& p, const Real<P>* entries, int64_t i0, int64_t rows, int64_t j0,
-                          Real<P>* panel) {
-  typedef Real<P> T;
-  typedef Simd<T> L;
-  constexpr int W = L::kPanel, NV = kVectorsPerPanel;
-  T tail_b[W] = {};
-  for (int64_t j = 0; j < smaller(W, p.S.M - j0); ++j) tail_b[j] = p.b[j0 + j];
-  for (int64_t r = 0; r < rows; ++r) {
-    T* row = panel + r * W;
-    for (int v = 0; v < NV; ++v) {
-      const auto weight = L::fill(p.a[i0 + r]) + L::load(tail_b + v * L::kLanes);
-      L::store(row + v * L::kLanes, L::load(entries + r * W + v * L::kLanes) * weight);
-    }
-    const uint64_t lane = positive_lane(p.S, i0 + r, j0);
-    if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];
-    for (int64_t j = p.S.M - j0; j < W; ++j) row[j] = T(0);
-  }
 }
 
 // out [R rows of stride `stride`, kPanel] += acc
@@ -177,13 +158,10 @@ static void weigh_wave(const Gradients<P>& p, const Wave<P>& wave, ParallelFor r
     double slope = 0.0;
     for (int64_t panel = j * kPanels; panel < smaller((j + 1) * kPanels, ceil_div(p.S.M, W)); ++panel) {
       Real<P>* out = panel_of(wave, i, j, (panel - j * kPanels) * rows * W, scratch);
-      if (p.entries) {
-        weigh_entries(p, p.entries + entries_index(p.S, i, panel), i * kBlock, rows, panel * W, out);
-      } else {
-        dot_panel(p.S, i, panel, out);
-        const auto weigh = p.S.one_shift ? weigh_panel<P, true> : weigh_panel<P, false>;
-        slope += weigh(p, i * kBlock, rows, panel * W, out);
-      }
+      const Real<P>* dots = p.dots ? p.dots + panel_index(p.S, i, panel) : out;
+      if (!p.dots) dot_panel(p.S, i, panel, out);
+      const auto weigh = p.S.one_shift ? weigh_panel<P, true> : weigh_panel<P, false>;
+      slope += weigh(p, i * kBlock, rows, panel * W, dots, out);
       store_panel(p, wave, i, j, panel, out);
     }
     if (p.slope) p.slope[1 + task] = slope;

@@ -15,7 +15,7 @@ constexpr int64_t kFlush = 16;
 constexpr int64_t kRun = 16;
 
 template <class P, bool kOneShift>
-static void sum_panel(const Sums<P>& p, int64_t i0, int64_t rows, int64_t j0, const Real<P>* dots, Real<P>* entries,
+static void sum_panel(const Sums<P>& p, int64_t i0, int64_t rows, int64_t j0, const Real<P>* dots,
                       Real<P>* row_lanes, double* col_partial) {
   typedef Real<P> T;
   typedef Simd<T> L;
@@ -50,9 +50,6 @@ static void sum_panel(const Sums<P>& p, int64_t i0, int64_t rows, int64_t j0, co
         by_col[v] = L::load(second + v * L::kLanes);
       }
     }
-    if (entries) {
-      for (int v = 0; v < NV; ++v) L::store(entries + r * W + v * L::kLanes, by_row[v]);
-    }
     V panel_total = by_row[0];
     for (int v = 1; v < NV; ++v) panel_total += by_row[v];
     L::store(row_lanes + r * L::kLanes, L::load(row_lanes + r * L::kLanes) + panel_total);
@@ -80,7 +77,7 @@ static void sum_task(const Sums<P>& p, const Task& t) {
   const Similarity<P>& S = p.S;
   double* row_partial = p.row_partial + t.col_group * S.N;
   double* col_partial = p.col_partial + t.row_group * S.M;
-  alignas(kVectorBytes) T dots[kBlock * W];
+  alignas(kVectorBytes) T scratch[kBlock * W];
   alignas(kVectorBytes) T row_lanes[kBlock * L::kLanes];
   for (int64_t j = t.first_panel * W; j < smaller(t.last_panel * W, S.M); ++j) col_partial[j] = 0.0;
 
@@ -90,10 +87,10 @@ static void sum_task(const Sums<P>& p, const Task& t) {
     for (int64_t first = t.first_panel; first < t.last_panel; first += kFlush) {
       for (int64_t i = 0; i < rows * L::kLanes; ++i) row_lanes[i] = T(0);
       for (int64_t panel = first; panel < smaller(first + kFlush, t.last_panel); ++panel) {
+        T* dots = p.dots ? p.dots + panel_index(S, block, panel) : scratch;
         dot_panel(S, block, panel, dots);
         const auto sum = S.one_shift ? sum_panel<P, true> : sum_panel<P, false>;
-        T* entries = p.entries ? p.entries + entries_index(S, block, panel) : nullptr;
-        sum(p, i0, rows, panel * W, dots, entries, row_lanes, col_partial);
+        sum(p, i0, rows, panel * W, dots, row_lanes, col_partial);
       }
       for (int64_t r = 0; r < rows; ++r) {
         row_partial[i0 + r] += double(sum_of_lanes<T>(L::load(row_lanes + r * L::kLanes)));

@@ -223,14 +223,14 @@ bool in_range(const T* sum, int64_t count) {
 // True if every sum is in the range where a fixed shift loses nothing.
 bool sums(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
           double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor entries, Tensor row_sum,
+          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor dots, Tensor row_sum,
           Tensor col_sum, Tensor pos) {
   bool lost_nothing = false;
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
     typedef Real<P> T;
     Sums<P> p = {similarity<P>(x_rows, y_columns, x_factor, y_factor, n, m, d, scale),
-                 entries.numel() ? data<T>(entries, n * padded(m, kernels<P>().panel), "entries") : nullptr,
+                 dots.numel() ? data<T>(dots, n * padded(m, kernels<P>().panel), "dots") : nullptr,
                  row_groups(n),
                  col_groups(m),
                  nullptr,
@@ -317,7 +317,7 @@ void set_room(Problem<P>& p, bool turns_y, const Tensor& x_pairs, const Tensor& 
 
 void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
                double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-               Tensor row_shift, Tensor col_shift, Tensor entries, Tensor x_values, Tensor y_values, int64_t width,
+               Tensor row_shift, Tensor col_shift, Tensor dots, Tensor x_values, Tensor y_values, int64_t width,
                Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor x_pairs, Tensor y_wave,
                Tensor positive_g, Tensor dx, Tensor dy, Tensor slope) {
   with_precision(x_rows, [&](auto precision) {
@@ -325,7 +325,7 @@ void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor
     typedef Real<P> T;
     const int64_t W = kernels<P>().panel, stride = padded(width, W);
     Gradients<P> p = {similarity<P>(x_rows, y_columns, x_factor, y_factor, n, m, d, scale),
-                      entries.numel() ? data<T>(entries, n * padded(m, W), "entries") : nullptr,
+                      dots.numel() ? data<T>(dots, n * padded(m, W), "dots") : nullptr,
                       data<Stored<P>>(x_values, dy.numel() ? n * stride : 0, "x_values"),
                       y_values.numel() ? data<Stored<P>>(y_values, m * stride, "y_values") : nullptr,
                       width,
@@ -343,7 +343,6 @@ void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor
     set_mask(p.S, row_ids, col_ids, row_limit, col_limit);
     set_shifts(p.S, row_shift, col_shift);
     set_room(p, p.dx && !p.Y, x_pairs, y_wave, positive_g);
-    if (!p.S.one_shift) p.entries = nullptr;  // they serve one shift
     kernels<P>().gradients(p, parallel_for);
   });
 }
@@ -419,7 +418,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "sums(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
       "Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) entries, Tensor(d!) row_sum,"
+      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) dots, Tensor(d!) row_sum,"
       " Tensor(e!) col_sum, Tensor(f!) pos) -> bool");
   m.def(
       "maxima(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
@@ -439,7 +438,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
       "Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor entries, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor "
+      " Tensor col_shift, Tensor dots, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor "
       "grad_col_sum,"
       " Tensor grad_pos, Tensor(a!) wave, Tensor(b!) x_pairs, Tensor(c!) y_wave, Tensor(d!) positive_g, Tensor(e!) dx,"
       " Tensor(f!) dy, Tensor(g!) slope) -> ()");

@@ -78,12 +78,12 @@ struct Similarity {
 };
 
 // row_partial [row_groups' columns side: col_groups, N], col_partial [row_groups, M]: scratch, double.
-// entries: exp(S - row_shift), 0 where the pair is no negative, for the backward pass of a small problem: blocks of
-// rows, each panelled [block rows, M]; null: not kept.
+// dots: x^ y^T, kept for the backward pass of a small problem: blocks of rows, each panelled [block rows, M]; null: not
+// kept.
 template <class P>
 struct Sums {
   Similarity<P> S;
-  Real<P>* entries;
+  Real<P>* dots;
   int64_t row_groups, col_groups;
   double *row_partial, *col_partial;
   Real<P>*row_sum, *col_sum, *pos;
@@ -111,16 +111,16 @@ struct Ranks {
 // dx += G Y and dy += G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
 // X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. Y null: y^,
 // whose rows are taken from y_columns a wave at a time. wave: room for kWave x kWave blocks of G. y_wave: for kWave
-// blocks of Y's rows. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. entries: what Sums
-// kept, or null: S is recomputed.
+// blocks of Y's rows. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. dots: what Sums kept,
+// or null: it is computed again.
 //
 // With Bf16Dot, X and Y are x^ and y^, x_pairs is room for X's rows side by side, positive_g [N] zeroed, and row i of
 // dx and dy comes without its x_factor or y_factor: G is stored times both factors, which serves both products. slope
-// [0], zeroed: sum_ij G_ij <x^_i, y^_j> is added to it; the rest of slope [1 + kWave^2] is scratch. entries is null.
+// [0], zeroed: sum_ij G_ij <x^_i, y^_j> is added to it; the rest of slope [1 + kWave^2] is scratch.
 template <class P>
 struct Gradients {
   Similarity<P> S;
-  const Real<P>* entries;
+  const Real<P>* dots;
   const Stored<P>*X, *Y;
   int64_t width;
   const Real<P>*a, *b, *d;

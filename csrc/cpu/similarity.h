@@ -63,9 +63,9 @@ static void dot_panel(const Similarity<P>& S, int64_t block, int64_t panel, Real
   apply_factors(S, i0, rows, panel * W, out);
 }
 
-// Where the kept entries of a block and panel begin: [block rows][kPanel] (problem.h, Sums).
+// Where the kept products of a block and panel begin: [block rows][kPanel] (problem.h, Sums).
 template <class P>
-static FC_INLINE int64_t entries_index(const Similarity<P>& S, int64_t block, int64_t panel) {
+static FC_INLINE int64_t panel_index(const Similarity<P>& S, int64_t block, int64_t panel) {
   constexpr int64_t W = Simd<Real<P>>::kPanel;
   const int64_t i0 = block * kBlock, rows = smaller(kBlock, S.N - i0);
   return i0 * ceil_div(S.M, W) * W + panel * rows * W;

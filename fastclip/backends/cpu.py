@@ -20,8 +20,8 @@ from fastclip.checks import accumulation_dtype
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
-# Pairs whose exponentials are kept for backward: below it, recomputing S costs more than the memory is worth.
-KEPT_ENTRIES = 1024 * 1024
+# Pairs whose x^ y^T is kept for backward: above it, the memory is worth more than the time to compute it again.
+KEPT_PAIRS = 1024 * 1024
 WIDEST_PANEL = 64  # of any instruction set and dtype
 
 DEVICE = "cpu"
@@ -40,10 +40,10 @@ def describe() -> str:
 def kept_elements(x: Tensor, y: Tensor) -> int:
     """How many elements similarity_sums can keep for the backward pass of a small problem; 0 for a large one.
 
-    The packed features and the exponentials of at most KEPT_ENTRIES pairs, 4 MiB: a fixed bound, whatever N and M.
+    The packed features and x^ y^T of at most KEPT_PAIRS pairs, 4 MiB: a fixed bound, whatever N and M.
     """
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    if n * m > KEPT_ENTRIES:
+    if n * m > KEPT_PAIRS:
         return 0
     # For the widest panels and either way to store them: a compiled graph's sizes hold on every processor.
     return max(sum(_kept_sizes(n, m, d, WIDEST_PANEL, True, stored)) for stored in (torch.float32, torch.bfloat16))
@@ -66,7 +66,7 @@ def similarity_sums_backward(
         S.slope = torch.zeros(1 + WAVE_BLOCKS**2, dtype=torch.float64)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.entries, S.x, S.nothing, S.d, *weights, *S.room(dx, dy), dx, dy, S.slope)
+    rest = (S.dots, S.x, S.nothing, S.d, *weights, *S.room(dx, dy), dx, dy, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args(mask), *shifts, *rest)
     return S.gradients(x, y, scale, dx, dy, needs)
 
@@ -82,7 +82,7 @@ def similarity_products(
     by_row, by_col = V.accumulators([True, True])
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
     room = S.room(S.nothing, S.nothing)
-    rest = (S.entries, V.x, y_rows, V.d, *weights, *room, by_row, by_col, S.slope)
+    rest = (S.dots, V.x, y_rows, V.d, *weights, *room, by_row, by_col, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args((None,) * 4), *shifts, *rest)
     return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
@@ -131,13 +131,13 @@ class _Similarity:
         self.n, self.m, self.d = len(x), len(y), x.shape[1]
         self.width = _padded(self.d, self.panel)
         self.scale, self.normalize = float(scale), normalize
-        self.nothing = self.entries = self.x_factor = self.y_factor = self._empty(0)
+        self.nothing = self.dots = self.x_factor = self.y_factor = self._empty(0)
         self.slope = torch.empty(0, dtype=torch.float64)
         self.x_length, self.y_length = self._empty(self.n), self._empty(self.m)
         self.sizes = _kept_sizes(self.n, self.m, self.d, self.panel, normalize, self.stored)
 
     def pack(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
-        """Normalise and lay out; in `kept`, beside room for the exponentials, what backward shall take."""
+        """Normalise and lay out; in `kept`, beside room for x^ y^T, what backward shall take."""
         if kept is None:
             self._set(*map(self._empty, self.sizes[1:]))
         else:
@@ -156,7 +156,7 @@ class _Similarity:
 
     def take(self, kept: Tensor) -> None:
         """The buffers that lie one after the other in `kept`."""
-        self.entries, *buffers = kept[: sum(self.sizes)].split(self.sizes)
+        self.dots, *buffers = kept[: sum(self.sizes)].split(self.sizes)
         self._set(*buffers)
 
     def _set(self, x_factor: Tensor, y_factor: Tensor, x: Tensor, y_columns: Tensor) -> None:
@@ -186,7 +186,7 @@ class _Similarity:
         """Whether the shifts lost nothing, row_sum, col_sum, pos."""
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
         partials = self.partials(torch.float64)
-        in_range = _ops().sums(*self.args(), *negatives, row_shift, col_shift, *partials, self.entries, *out)
+        in_range = _ops().sums(*self.args(), *negatives, row_shift, col_shift, *partials, self.dots, *out)
         return in_range, *out
 
     def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,13 +227,12 @@ class _Similarity:
 
 
 def _kept_sizes(n: int, m: int, d: int, panel: int, normalize: bool, stored: torch.dtype) -> list[int]:
-    """Elements of the exponentials, of both sides' factors, of x^ and of y^ (csrc/cpu/problem.h)."""
-    rows, columns = n * _padded(d, panel), _padded(m, panel) * d
+    """Elements of x^ y^T, of both sides' factors, of x^ and of y^ (csrc/cpu/problem.h)."""
+    dots, rows, columns = n * _padded(m, panel), n * _padded(d, panel), _padded(m, panel)
     if stored != torch.bfloat16:
-        return [n * _padded(m, panel), 0, 0, rows, columns]
-    # Two in an element. S is cheap to recompute, and the scale's gradient wants it.
-    factors = [_padded(n, panel), _padded(m, panel)] if normalize else [0, 0]
-    return [0, *factors, rows // 2, _padded(m, panel) * _padded(d, 2) // 2]
+        return [dots, 0, 0, rows, columns * d]
+    factors = [_padded(n, panel), columns] if normalize else [0, 0]
+    return [dots, *factors, rows // 2, columns * _padded(d, 2) // 2]  # two in an element
 
 
 def _stored_dtype(x: Tensor, y: Tensor, widen: bool) -> torch.dtype:
