@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from statistics import median, quantiles
+from statistics import mean, median, quantiles, stdev
 
 from fastclip.benchmarks.case import Call
+
+# 97.5th percentile of Student's t with k - 1 degrees of freedom, by the number k of processes; beyond 8 that of 8.
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median of the runs of one thing and the spread around it: the wider, at each end, of their 10th and 90th
-    percentiles and of the processes' medians.
+    """Median of the runs of one thing, positive numbers, and the spread around it: their 10th and 90th percentiles or,
+    at each end where that is wider, `confidence` in the processes' medians.
 
     processes: how many of the runs each process made, in order; empty where there was one. What a process, or a minute,
-    changes does not average out with more rounds in it, so two runs of the same program agree no better than their
-    processes do. Of k processes each, with medians of one distribution, they are disjoint once in C(2k, k) / 2 times.
+    changes does not average out with more rounds in it: two runs of the same program agree as their processes do.
     """
 
     median: float
@@ -30,10 +33,22 @@ class Spread:
     @staticmethod
     def of(runs: Sequence[float], processes: Sequence[int] = ()) -> Spread:
         ends = [0, *accumulate(processes or [len(runs)])]
-        medians = [median(runs[start:end]) for start, end in pairwise(ends)]
+        between = confidence([median(runs[start:end]) for start, end in pairwise(ends)])
         tenths = quantiles(runs, n=10, method="inclusive") if len(runs) > 1 else runs
-        low, high = min(tenths[0], *medians), max(tenths[-1], *medians)
+        low, high = min(tenths[0], between[0]), max(tenths[-1], between[1])
         return Spread(median(runs), low, high, list(runs), list(processes))
+
+
+def confidence(values: Sequence[float]) -> tuple[float, float]:
+    """95% confidence interval of the mean, by Student's t of the logarithms; the range of fewer than three values.
+
+    Over processes as in Georges, Buytaert and Eeckhout, "Statistically rigorous Java performance evaluation" (2007).
+    """
+    if len(values) < 3:
+        return min(values), max(values)
+    logs = [math.log(value) for value in values]
+    half = STUDENT[min(len(logs), max(STUDENT))] * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean(logs) - half), math.exp(mean(logs) + half)
 
 
 def seconds(call: Callable[[], object]) -> tuple[float, object]:

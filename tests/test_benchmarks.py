@@ -1,6 +1,8 @@
 """The benchmark suite measures what it says: its references, its peers, its checks, and its runs."""
 
+import math
 import os
+import random
 import time
 from dataclasses import replace
 
@@ -9,7 +11,7 @@ import torch
 from benchmark_cases import SMALL, D, N, in_this_process, run
 
 from fastclip import reference
-from fastclip.benchmarks import external, foreign, memory, noise, suite
+from fastclip.benchmarks import external, foreign, guard, memory, noise, suite
 from fastclip.benchmarks.case import TRAINING, Problem, errors
 from fastclip.benchmarks.cases import CASES
 from fastclip.benchmarks.children import ChildError, run_in_child
@@ -239,12 +241,31 @@ def test_the_spread_is_of_the_runs_and_leaves_their_tails_out():
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, [3.0])
 
 
-def test_the_spread_reaches_to_every_process_s_median():
+def test_the_spread_of_few_processes_reaches_to_their_medians():
     quiet, slow = [1.0] * 20, [2.0, 2.0]
     assert Spread.of(quiet + slow).high == 1.0  # 2 of 22 are beyond the 90th percentile
     spread = Spread.of(quiet + slow, [20, 2])
     assert (spread.low, spread.median, spread.high, spread.processes) == (1.0, 1.0, 2.0, [20, 2])
     assert paired([4.0, 2.0], [2.0, 2.0], [1, 1]) == Spread(1.5, 1.0, 2.0, [2.0, 1.0], [1, 1])
+
+
+def test_the_spread_of_three_processes_is_their_confidence_interval():
+    # Logarithms -0.1, 0, 0.1: standard deviation 0.1, and the interval 4.303 x 0.1 / sqrt(3) to each side.
+    spread = Spread.of([math.exp(x) for x in (-0.1, 0.0, 0.1)], [1, 1, 1])
+    assert (math.log(spread.low), math.log(spread.high)) == pytest.approx((-0.24843, 0.24843), abs=1e-5)
+
+
+@pytest.mark.parametrize("within", (0.02, 0.2), ids=("processes differ", "rounds differ"))
+def test_two_runs_of_the_same_agree_within_their_spreads(within):
+    """4 processes of 2 rounds each; the processes' own deviation is 0.2."""
+    draw, pairs = random.Random(0), 1000
+
+    def spread() -> Spread:
+        processes = [draw.gauss(0, 0.2) for _ in range(4)]
+        return Spread.of([math.exp(x + draw.gauss(0, within)) for x in processes for _ in "AB"], [2] * 4)
+
+    apart = sum(not guard.overlap(spread(), spread()) for _ in range(pairs))
+    assert apart <= 0.01 * pairs
 
 
 def test_processes_of_a_problem_are_spread_over_the_run_and_turn_the_order_round(patchable):
