@@ -29,11 +29,12 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
     tail_b[j] = p.b[j0 + j];
     tail_shift[j] = S.col_shift[j0 + j];
   }
+  const bool is_last = j0 + W > S.M;
   V slope = {};
   for (int64_t r = 0; r < rows; ++r) {
     const T* from = panel + r * W;
     T* row = out + r * W;
-    V dots[NV];
+    V dots[NV], G[NV];
     T by_row[W], by_col[W];  // a and b of the pairs that are negatives
     if (S.mask.row_ids) {
       for (int j = 0; j < W; ++j) {
@@ -59,13 +60,17 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
         g = (a != T(0) ? e * a : V{}) + (b != T(0) ? e_col * b : V{});
       }
       L::store(row + v * L::kLanes, g);
+      G[v] = g;
     }
     const uint64_t lane = positive_lane(S, i0 + r, j0);
-    if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];
-    for (int64_t j = S.M - j0; j < W; ++j) row[j] = T(0);
+    if (lane < uint64_t(W) || is_last) {
+      if (lane < uint64_t(W)) row[lane] = p.d[i0 + r];
+      for (int64_t j = S.M - j0; j < W; ++j) row[j] = T(0);
+      for (int v = 0; v < NV; ++v) G[v] = L::load(row + v * L::kLanes);
+    }
     if constexpr (Precision<P>::kPair > 1) {
       V row_slope = {};
-      for (int v = 0; v < NV; ++v) row_slope += L::load(row + v * L::kLanes) * dots[v];
+      for (int v = 0; v < NV; ++v) row_slope += G[v] * dots[v];
       slope += row_slope;
     }
   }
@@ -133,12 +138,14 @@ static void store_panel(const Gradients<P>& p, const Wave<P>& wave, int64_t i, i
       p.positive_g[i0 + r] = g[r * W + lane];
       g[r * W + lane] = Real<P>(0);
     }
-    apply_factors(S, i0, rows, j0, g);
     for (int64_t r = 0; r < rows; r += 2) {
       for (int v = 0; v < kVectorsPerPanel; ++v) {
         const int64_t at = r * W + v * L::kLanes;
-        const auto first = O::narrow(L::load(g + at));
-        const auto second = O::narrow(r + 1 < rows ? L::load(g + at + W) : typename L::V{});
+        const auto factored = [&](int64_t row) {
+          return L::load(g + row * W + v * L::kLanes) * factor_of(S, i0 + row, j0 + v * L::kLanes);
+        };
+        const auto first = O::narrow(factored(r));
+        const auto second = O::narrow(r + 1 < rows ? factored(r + 1) : typename L::V{});
         O::store(by_row + at, first);
         if (r + 1 < rows) O::store(by_row + at + W, second);
         O::store_pairs(by_pair + pair_index<P>(r, v * L::kLanes), first, second);

@@ -34,6 +34,13 @@ static FC_INLINE void dot_stretch(const Stored<P>* x, int64_t rows, const Stored
   }
 }
 
+// What the products of row i and the columns from j have yet to be multiplied by.
+template <class P>
+static FC_INLINE typename Simd<Real<P>>::V factor_of(const Similarity<P>& S, int64_t i, int64_t j) {
+  typedef Simd<Real<P>> L;
+  return S.x_factor ? L::load(S.y_factor + j) * S.x_factor[i] : L::fill(Real<P>(1));
+}
+
 // panel [rows][kPanel], rows i0.. and columns j0.. of S, times their factors.
 template <class P>
 static FC_INLINE void apply_factors(const Similarity<P>& S, int64_t i0, int64_t rows, int64_t j0, Real<P>* panel) {
@@ -42,7 +49,7 @@ static FC_INLINE void apply_factors(const Similarity<P>& S, int64_t i0, int64_t 
   for (int64_t r = 0; r < rows; ++r) {
     for (int v = 0; v < kVectorsPerPanel; ++v) {
       Real<P>* p = panel + r * L::kPanel + v * L::kLanes;
-      L::store(p, L::load(p) * (L::load(S.y_factor + j0 + v * L::kLanes) * S.x_factor[i0 + r]));
+      L::store(p, L::load(p) * factor_of(S, i0 + r, j0 + v * L::kLanes));
     }
   }
 }
