@@ -14,8 +14,8 @@ namespace FC_ISA {
 
 constexpr int64_t kPanelsPerTask = 4;  // panels of D a task of the two products takes
 
-// out = G = exp(S - shift) (a + b) from a panel of x^ y^T, which may lie in the same place; d at the positives, 0 beyond
-// M. With Bf16Dot, returns the sum of G_ij <x^_i, y^_j>.
+// out = G = exp(S - shift) (a + b), d at the positives and 0 beyond M, from a panel of x^ y^T, which may lie there too.
+// With Bf16Dot, returns the sum of G_ij <x^_i, y^_j>.
 template <class P, bool kOneShift>
 static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64_t j0, const Real<P>* panel,
                           Real<P>* out) {

@@ -1,160 +1,15 @@
 // The CPU kernels as PyTorch operators (namespace fastclip_cpu), for fastclip/backends/cpu.py to call.
 //
 // LibTorch's stable ABI: one binary serves torch 2.10 and newer. Every buffer is allocated in Python; an operator
-// checks sizes, fills in the pointers and runs the copy of the kernels for this processor.
+// checks it, fills in its problem (arguments.h) and runs the kernels.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <limits>
-#include <string>
 
-#include "problem.h"
+#include "arguments.h"
 
 namespace fastclip {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-bool runs_here(const std::string& name) {
-#if defined(__x86_64__)
-  if (name == "avx512") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("fma");
-  }
-  if (name == "avx512_bf16") return runs_here("avx512") && __builtin_cpu_supports("avx512bf16");
-  if (name == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-  return name == "baseline";
-}
-
-// The best instruction set of this processor, or the one that FASTCLIP_CPU_ISA names.
-Isa choose_isa() {
-  const char* wish = std::getenv("FASTCLIP_CPU_ISA");
-  const std::string name = wish ? wish : "";
-  STD_TORCH_CHECK(name.empty() || runs_here(name), "FASTCLIP_CPU_ISA must be avx512_bf16, avx512, avx2 or ",
-                  "baseline and run on this processor, got ", name);
-#if defined(__x86_64__)
-  if (name == "avx512_bf16" || (name.empty() && runs_here("avx512_bf16"))) return isa_avx512_bf16();
-  if (name == "avx512" || (name.empty() && runs_here("avx512"))) return isa_avx512();
-  if (name == "avx2" || (name.empty() && runs_here("avx2"))) return isa_avx2();
-#endif
-  return isa_baseline();
-}
-
-const Isa& isa() {
-  static const Isa chosen = choose_isa();
-  return chosen;
-}
-
-template <class T>
-const Kernels<T>& kernels();
-template <>
-const Kernels<float>& kernels<float>() {
-  return isa().f32;
-}
-template <>
-const Kernels<double>& kernels<double>() {
-  return isa().f64;
-}
-template <>
-const Kernels<Bf16Dot>& kernels<Bf16Dot>() {
-  STD_TORCH_CHECK(isa().bf16.pack, "this processor has no bfloat16 dot products");
-  return isa().bf16;
-}
-
-// Tasks are taken one at a time by whichever thread is free; no result depends on who takes which.
-void parallel_for(int64_t count, void (*task)(int64_t, void*), void* context) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = next++; i < count; i = next++) task(i, context);
-    }
-  });
-}
-
-void serial_for(int64_t count, void (*task)(int64_t, void*), void* context) {
-  for (int64_t i = 0; i < count; ++i) task(i, context);
-}
-
-// Waking the threads costs more than packing a few rows.
-ParallelFor for_elements(int64_t count) { return count < (1 << 18) ? serial_for : parallel_for; }
-
-template <class T>
-T* data(const Tensor& t, int64_t at_least, const char* name) {
-  STD_TORCH_CHECK(t.numel() >= at_least && t.is_contiguous(), name, " must be contiguous and hold ", at_least,
-                  " elements, got ", t.numel());
-  return static_cast<T*>(t.data_ptr());
-}
-
-Element element_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double: return Element::f64;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::f16;
-    default: return Element::f32;
-  }
-}
-
-// Calls f with the precision that the kernels compute in, which `stored`, the packed features, tells by its dtype.
-template <class F>
-void with_precision(const Tensor& stored, const F& f) {
-  switch (stored.scalar_type()) {
-    case ScalarType::Double: f(double{}); break;
-    case ScalarType::BFloat16: f(Bf16Dot{}); break;
-    default: f(float{});
-  }
-}
-
-// The same for the kernels that Bf16Dot leaves to float.
-template <class F>
-void with_type(const Tensor& computed, const F& f) {
-  if (computed.scalar_type() == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
-
-int64_t padded(int64_t n, int64_t panel) { return (n + panel - 1) / panel * panel; }
-
-int64_t groups(int64_t count, int64_t unit) { return std::min(kMaxGroups, (count + unit - 1) / unit); }
-int64_t row_groups(int64_t N) { return groups(N, kBlock); }
-int64_t col_groups(int64_t M) { return groups(M, 64); }
-
-std::string isa_name() { return isa().name; }
-int64_t panel(bool is_double) { return is_double ? isa().f64.panel : isa().f32.panel; }
-bool has_bf16_dot() { return isa().bf16.pack; }
-// Room for one wave of G of an n x m problem, and no more than that problem needs.
-int64_t wave_elements(int64_t n, int64_t m) {
-  const auto blocks = [](int64_t count) { return std::min(kWave, (count + kBlock - 1) / kBlock); };
-  return ((blocks(n) - 1) * kWave + blocks(m)) * kBlock * kBlock;
-}
-
-// The rows of y^, m of them d wide, that one wave meets; an even number, for those that lie in pairs.
-int64_t y_wave_elements(int64_t m, int64_t d, bool is_double) {
-  return padded(std::min(kWave * kBlock, m), 2) * padded(d, panel(is_double));
-}
-
-template <class P>
-Pack<P> pack_rows(const Tensor& x, bool normalize, const Tensor& length, const Tensor& factor, const Tensor& rows) {
-  const int64_t n = x.size(0), d = x.size(1), W = kernels<P>().panel;
-  STD_TORCH_CHECK(x.stride(1) == 1 || d == 1, "rows of the features must be contiguous");
-  STD_TORCH_CHECK(Precision<P>::kPair == 1 || x.scalar_type() == ScalarType::BFloat16, "the features must be bfloat16");
-  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)},
-          normalize,
-          data<Real<P>>(length, n, "length"),
-          rows.numel() ? data<Stored<P>>(rows, n * padded(d, W), "rows") : nullptr,
-          nullptr,
-          factor.numel() ? data<Real<P>>(factor, padded(n, W), "factor") : nullptr};
-}
 
 void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_factor, Tensor x_rows, Tensor y_length,
           Tensor y_factor, Tensor y_rows, Tensor y_columns) {
@@ -166,52 +21,6 @@ void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_factor, 
     if (y_columns.numel()) of_y.columns = data<Stored<P>>(y_columns, columns, "y_columns");
     kernels<P>().pack(of_x, of_y, for_elements(x.numel() + y.numel()));
   });
-}
-
-template <class P>
-Similarity<P> similarity(const Tensor& x_rows, const Tensor& y_columns, const Tensor& x_factor, const Tensor& y_factor,
-                         int64_t n, int64_t m, int64_t d, double scale) {
-  const int64_t W = kernels<P>().panel;
-  return {n,
-          m,
-          d,
-          data<Stored<P>>(x_rows, n * padded(d, W), "x_rows"),
-          data<Stored<P>>(y_columns, padded(m, W) * padded(d, Precision<P>::kPair), "y_columns"),
-          x_factor.numel() ? data<Real<P>>(x_factor, n, "x_factor") : nullptr,
-          x_factor.numel() ? data<Real<P>>(y_factor, padded(m, W), "y_factor") : nullptr,
-          Real<P>(scale),
-          nullptr,
-          nullptr,
-          nullptr,
-          false,
-          {}};
-}
-
-template <class P>
-void set_shifts(Similarity<P>& S, const Tensor& row_shift, const Tensor& col_shift) {
-  typedef Real<P> T;
-  S.row_shift = data<T>(row_shift, S.N, "row_shift");
-  S.col_shift = data<T>(col_shift, S.M, "col_shift");
-  const T first = S.row_shift[0];
-  const auto is_first = [first](T shift) { return shift == first; };
-  S.one_shift =
-      std::all_of(S.row_shift, S.row_shift + S.N, is_first) && std::all_of(S.col_shift, S.col_shift + S.M, is_first);
-}
-
-template <class P>
-void set_positive(Similarity<P>& S, const Tensor& positive) {
-  S.positive = data<int64_t>(positive, S.N, "positive");
-  const bool in_range = std::all_of(S.positive, S.positive + S.N, [&](int64_t p) { return p >= 0 && p < S.M; });
-  STD_TORCH_CHECK(in_range, "positive must be column indices in [0, ", S.M, ")");
-}
-
-// Empty tensors: no mask.
-template <class P>
-void set_mask(Similarity<P>& S, const Tensor& row_ids, const Tensor& col_ids, const Tensor& row_limit,
-              const Tensor& col_limit) {
-  if (row_ids.numel() == 0) return;
-  S.mask = {data<int64_t>(row_ids, S.N, "row_ids"), data<int64_t>(col_ids, S.M, "col_ids"),
-            data<Real<P>>(row_limit, S.N, "row_limit"), data<Real<P>>(col_limit, S.M, "col_limit")};
 }
 
 // Whether a fixed shift lost nothing: backends/shift.py's needs_exact_path, without five passes over the sums.
@@ -304,17 +113,6 @@ void ranks(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, in
   });
 }
 
-// Scratch of the matrix products, of a problem that says which it wants.
-template <template <class> class Problem, class P>
-void set_room(Problem<P>& p, bool turns_y, const Tensor& x_pairs, const Tensor& y_wave, const Tensor& positive_g) {
-  const int64_t width = padded(p.S.D, kernels<P>().panel);
-  const int64_t y_rows = y_wave_elements(p.S.M, p.S.D, sizeof(Real<P>) == 8);
-  if (turns_y) p.y_wave = data<Stored<P>>(y_wave, y_rows, "y_wave");
-  if (Precision<P>::kPair == 1) return;
-  if (p.dy) p.x_pairs = data<Stored<P>>(x_pairs, padded(p.S.N, 2) * width, "x_pairs");
-  p.positive_g = data<Real<P>>(positive_g, p.S.N, "positive_g");
-}
-
 void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
                double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
                Tensor row_shift, Tensor col_shift, Tensor dots, Tensor x_values, Tensor y_values, int64_t width,
@@ -375,20 +173,6 @@ void sigmoid(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, 
       p.S.mask = {data<int64_t>(row_ids, n, "row_ids"), data<int64_t>(col_ids, m, "col_ids"), nullptr, nullptr};
     kernels<P>().sigmoid(p, parallel_for);
   });
-}
-
-template <class T>
-Finish<T> finish_side(const Tensor& x, const Tensor& dx, const Tensor& factor, double scale, bool normalize,
-                      const Tensor& grad, const Tensor& inner) {
-  if (!dx.numel()) return {};
-  const int64_t n = x.size(0), d = x.size(1);
-  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)},
-          normalize,
-          data<T>(dx, n * padded(d, kernels<T>().panel), "dx"),
-          factor.numel() ? data<T>(factor, n, "factor") : nullptr,
-          T(scale),
-          grad.numel() ? data<char>(grad, n * d, "grad") : nullptr,
-          data<double>(inner, n, "inner")};
 }
 
 // A side with an empty dx is left out.
