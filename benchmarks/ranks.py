@@ -4,7 +4,11 @@
 
 Together: torchrun with two processes of one thread, the loss over the pairs of both, gradients averaged by DDP (gloo).
 Apart: two processes of one thread at the same time, each with half the pairs and its own loss. The glyphs, the demo's
-small model. The two ways take turns; the figure of a run is the median over its steps but the first ones.
+small model. The two ways take turns.
+
+A run has two figures, over its steps but the first ones and those that also compute accuracy: the median of the steps'
+rates, and the mean, samples over seconds. Together a step is slow where either process is: what slows a third of each
+one's steps at random (page faults, mostly) is in one median and not in the other.
 """
 
 from __future__ import annotations
@@ -17,38 +21,53 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from fastclip.benchmarks.machine import describe, headline
 from fastclip.evaluate.files import save_json
 
 TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 WARM_UP = 3  # steps
+FIGURES = ("median", "mean")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=512, help="pairs a step of each process (default 512)")
+    sizes = [512, 1024, 2048]
+    parser.add_argument("--pairs", type=int, nargs="+", default=sizes, help=f"a step of each process (default {sizes})")
     parser.add_argument("--steps", type=int, default=15, help="steps of each run (default 15)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way (default 3)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     given = parser.parse_args()
-    apart, together = [], []
-    for turn in range(given.rounds):
-        apart.append(sum(speeds([[], []], given.pairs, given.steps)))
-        together += speeds([TOGETHER], 2 * given.pairs, given.steps)
-        print(f"round {turn + 1}: apart {apart[-1]:,.0f}, together {together[-1]:,.0f} samples/s", flush=True)
-    ratio = median(b / a for a, b in zip(apart, together, strict=True))
+    rows = [compared(pairs, given.steps, given.rounds) for pairs in given.pairs]
     machine = describe(threads=1)
-    print(f"{headline(machine)}\ntogether / apart: {ratio:.3f} (median of {given.rounds} rounds)")
+    print(headline(machine))
+    for row in rows:
+        ratios = ", ".join(f"{row[figure]['ratio']:.3f} ({figure})" for figure in FIGURES)
+        print(f"{row['pairs_per_process']} pairs each: together / apart {ratios}, median of {given.rounds} rounds")
     if given.out is not None:
-        settings = {"pairs_per_process": given.pairs, "steps": given.steps}
-        figures = {"apart": apart, "together": together, "ratio": ratio}
-        save_json(given.out, {"machine": machine, "settings": settings, "samples_per_second": figures})
+        settings = {"steps": given.steps, "warm_up": WARM_UP, "rounds": given.rounds, "unit": "samples/s"}
+        save_json(given.out, {"machine": machine, "settings": settings, "rows": rows})
 
 
-def speeds(launchers: list, batch: int, steps: int) -> list[float]:
-    """samples/s of each run of `fastclip train`, all started at once."""
+def compared(pairs: int, steps: int, rounds: int) -> dict:
+    """samples/s of each round and their ratio, by figure."""
+    row = {"pairs_per_process": pairs} | {figure: {"apart": [], "together": []} for figure in FIGURES}
+    for turn in range(rounds):
+        ways = {"apart": speeds([[], []], pairs, steps), "together": speeds([TOGETHER], 2 * pairs, steps)}
+        for figure in FIGURES:
+            for way, runs in ways.items():
+                row[figure][way].append(sum(run[figure] for run in runs))
+        now = ", ".join(f"{way} {row['mean'][way][-1]:,.0f}" for way in ways)
+        print(f"{pairs} pairs, round {turn + 1}: {now} samples/s (mean)", flush=True)
+    for figure in FIGURES:
+        both = zip(row[figure]["apart"], row[figure]["together"], strict=True)
+        row[figure]["ratio"] = median(together / apart for apart, together in both)
+    return row
+
+
+def speeds(launchers: list, batch: int, steps: int) -> list[dict[str, float]]:
+    """The figures of each run of `fastclip train`, all started at once."""
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder, str(i)) for i in range(len(launchers))]
         started = [start(launcher, out, batch, steps) for launcher, out in zip(launchers, runs, strict=True)]
@@ -68,10 +87,12 @@ def start(launcher: list, out: Path, batch: int, steps: int) -> subprocess.Popen
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def speed(out: Path) -> float:
-    """The median over the steps after the warm-up."""
+def speed(out: Path) -> dict[str, float]:
+    """samples/s of a run's steps: their median, and their mean over time."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return median(r["samples_per_second"] for r in records if "loss" in r and r["step"] > WARM_UP)
+    rates = [r["samples_per_second"] for r in records if "loss" in r and "accuracy" not in r and r["step"] > WARM_UP]
+    # Each has as many samples.
+    return {"median": median(rates), "mean": 1 / fmean(1 / rate for rate in rates)}
 
 
 if __name__ == "__main__":
