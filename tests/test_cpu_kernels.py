@@ -223,7 +223,7 @@ def test_eager_agrees_in_several_chunks(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 3), (7, 7, 16), (64, 70, 33), (200, 390, 48), (1024, 1024, 24)])
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 3), (7, 7, 16), (64, 70, 33), (200, 390, 48), (1448, 1448, 24)])
 def test_what_is_kept_of_a_small_problem_changes_no_bit(monkeypatch, n, m, d, dtype):
     """One pair, under a tile, ragged, two blocks of rows, the largest that is kept."""
     x, y = torch.randn(n, d, dtype=dtype), torch.randn(m, d, dtype=dtype)
@@ -239,7 +239,7 @@ def test_what_is_kept_of_a_small_problem_changes_no_bit(monkeypatch, n, m, d, dt
         torch.autograd.backward(wanted, [u.to(w.dtype) for u, w in zip(upstream, wanted, strict=True)])
         return elements, [t.grad for t in inputs]
 
-    (some, kept), (none, recomputed) = gradients(1024 * 1024), gradients(0)
+    (some, kept), (none, recomputed) = gradients(2**21), gradients(0)
     assert some > 0 and none == 0
     for a, b in zip(kept, recomputed, strict=True):
         assert torch.equal(a, b)

@@ -121,7 +121,7 @@ def test_autograd_keeps_memory_linear_in_n(loss):
             loss(x, y)
         return sum(storages.values())
 
-    assert kept(4400) < 4.5 * kept(1100)
+    assert kept(6000) < 4.5 * kept(1500)
 
 
 @pytest.mark.parametrize("name", ["siglip_loss", "distill_loss"])

@@ -21,7 +21,7 @@ from fastclip.checks import accumulation_dtype
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
 # Pairs whose x^ y^T is kept for backward: above it, the memory is worth more than the time to compute it again.
-KEPT_PAIRS = 1024 * 1024
+KEPT_PAIRS = 2**21
 WIDEST_PANEL = 64  # of any instruction set and dtype
 
 DEVICE = "cpu"
@@ -40,7 +40,7 @@ def describe() -> str:
 def kept_elements(x: Tensor, y: Tensor) -> int:
     """How many elements similarity_sums can keep for the backward pass of a small problem; 0 for a large one.
 
-    The packed features and x^ y^T of at most KEPT_PAIRS pairs, 4 MiB: a fixed bound, whatever N and M.
+    The packed features and x^ y^T of at most KEPT_PAIRS pairs, 8 MiB: a fixed bound, whatever N and M.
     """
     n, m, d = x.shape[0], y.shape[0], x.shape[1]
     if n * m > KEPT_PAIRS:

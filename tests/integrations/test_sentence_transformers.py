@@ -92,7 +92,7 @@ def test_no_n_by_n_tensor_is_made_and_memory_is_linear(directions):
 
     def growth(loss) -> float:
         """How many times more is kept for a batch twice as large."""
-        many, few = (embeddings(n, 1, torch.float32) for n in (2400, 1200))
+        many, few = (embeddings(n, 1, torch.float32) for n in (3000, 1500))
         return saved_bytes(lambda: loss.compute_loss_from_embeddings(many, None)) / saved_bytes(
             lambda: loss.compute_loss_from_embeddings(few, None)
         )
