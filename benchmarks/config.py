@@ -107,5 +107,5 @@ def _check(flag: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
         raise ValueError(f"--{flag} takes {', '.join(known)}; got {' '.join(sorted(wrong))}")
 
 
-QUICK = {"dtypes": ("fp32",), "widths": (), "call_limit_s": 4.0, "group_s": 3.0, "processes": 4}
+QUICK = {"dtypes": ("fp32",), "widths": (), "call_limit_s": 4.0, "group_s": 2.0, "processes": 4}
 FULL = {"dtypes": ("fp32", "bf16"), "widths": (128, 1024), "call_limit_s": 32.0, "group_s": 12.0, "processes": 4}
