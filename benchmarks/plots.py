@@ -164,7 +164,7 @@ def _panels(results: Results, case: str, title: str) -> tuple[Figure, list[tuple
     size = (1 + 5.2 * len(modes), 1.6 + 3.6 * len(dtypes))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(dtypes), len(modes), squeeze=False, sharex=True)
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    figure.suptitle(title if len(modes) > 1 else title.replace(" (", "\n("), fontsize=14, fontweight="bold")
     panels = []
     for i, dtype in enumerate(dtypes):
         for j, mode in enumerate(modes):
