@@ -5,7 +5,7 @@
 Rates are medians of short runs on a micro-batch and on a loss of 4,096 pairs, one run before each step; the steps are
 others. Each run has a process of its own. Memory is above that of the process before it made the model, with every
 freed block given back at once. Time is that of another process, which keeps freed blocks for the next tensors as any
-training does: a process that gives them back takes 1.5 times as long for a cached step.
+training does: one that gives them back maps every tensor anew, which takes longer.
 """
 
 from __future__ import annotations

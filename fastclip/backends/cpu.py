@@ -61,7 +61,10 @@ def similarity_sums_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     S = _Similarity(x, y, scale, normalize)
-    S.pack(x, y) if kept is None else S.take(kept)
+    if kept is None:
+        S.pack(x, y)
+    else:
+        S.take(kept)
     if S.in_pairs:
         S.slope = torch.zeros(1 + WAVE_BLOCKS**2, dtype=torch.float64)
     dx, dy = S.accumulators(needs)

@@ -19,7 +19,16 @@ from fastclip.distributed import gaps as over_ranks
 from fastclip.distributed.ids import gather_ids
 from fastclip.distributed.positives import own_keys
 from fastclip.distributed.shards import Shards, agree, not_compiled, tensor_text
-from fastclip.softmax import Gaps, Options, cross_entropy, gaps, log_add, reduce, unit_rows
+from fastclip.softmax import (
+    Gaps,
+    Options,
+    cross_entropy,
+    gaps,
+    log_add,
+    reduce,
+    symmetric_cross_entropy,
+    unit_rows,
+)
 
 try:
     from sentence_transformers.sentence_transformer import losses
@@ -154,7 +163,7 @@ def _ranking_loss(
 
     if loss.partition_mode == "per_direction":
         both = "doc_to_query" in directions
-        each = 0.5 * (cross_entropy(row_gap) + cross_entropy(col_gap)) if both else cross_entropy(row_gap)
+        each = symmetric_cross_entropy(Gaps(row_gap, col_gap, pos)) if both else cross_entropy(row_gap)
         return reduce(each, None, "mean", scale.dtype)
     positives = 1
     if "query_to_query" in directions:
