@@ -14,6 +14,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def early_gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient that comes with the value, and that upstream's has yet to multiply: the features', or float32.
+
+    In float16 a loss scale of 65536 would be infinite, and what it is there to save would be lost before it came.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def features(x: Tensor, y: Tensor, x_name: str, y_name: str, *, paired: bool) -> tuple[Tensor, Tensor]:
     """x [N, D] and y [M, D], floating, on one device and of one dtype (cast where autocast is on).
 

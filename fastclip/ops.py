@@ -8,7 +8,6 @@ All sums are taken over the negatives only (math.md, eq. 2):
     pos_i     = S_{i, positive_i}                                     [N]
 
 Vectors are float32 (float64 for float64 features), natural log. The shifts are constants: they carry no gradient.
-A backend may keep what it can use again in backward, where that has a fixed bound ("kept", empty otherwise).
 A mask takes further pairs out of the negatives (eq. 10): equal ids, or a score above the row's (column's) limit.
 """
 
@@ -44,8 +43,7 @@ def similarity_sums(
     mask: Mask = NO_MASK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """row_sum, col_sum, row_shift, col_shift, pos (the legend above), differentiable in x, y and scale."""
-    keep = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or scale.requires_grad)
-    return _SimilaritySums.apply(x, y, scale, positive, normalize, backend or "", *mask, keep)[:5]
+    return _SimilaritySums.apply(x, y, scale, positive, normalize, backend or "", *mask)
 
 
 def similarity_ranks(
@@ -87,29 +85,29 @@ class _SimilaritySums(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit, keep):
+    def forward(x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit):
         return torch.ops.fastclip.similarity_sums(
-            x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit, keep
+            x, y, scale, positive, normalize, backend, row_ids, col_ids, row_limit, col_limit
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, y, scale, positive, ctx.normalize, ctx.backend, *mask, _ = inputs
-        _, _, row_shift, col_shift, _, kept = output
-        ctx.save_for_backward(x, y, scale, positive, row_shift, col_shift, *mask, kept)
-        ctx.mark_non_differentiable(row_shift, col_shift, kept)
+        x, y, scale, positive, ctx.normalize, ctx.backend, *mask = inputs
+        _, _, row_shift, col_shift, _ = output
+        ctx.save_for_backward(x, y, scale, positive, row_shift, col_shift, *mask)
+        ctx.mark_non_differentiable(row_shift, col_shift)
         ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
     @staticmethod
-    def backward(ctx, grad_row_sum, grad_col_sum, _row_shift, _col_shift, grad_pos, _kept):
-        x, y, scale, positive, row_shift, col_shift, *rest = ctx.saved_tensors
+    def backward(ctx, grad_row_sum, grad_col_sum, _row_shift, _col_shift, grad_pos):
+        x, y, scale, positive, row_shift, col_shift, *mask = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
         given, like = (grad_row_sum, grad_col_sum, grad_pos), (row_shift, col_shift, row_shift)
         weights = [torch.zeros_like(u) if g is None else g for g, u in zip(given, like, strict=True)]
         # Gradients that may be differentiated again are tied to their inputs, so that doing it raises.
         run = _SimilaritySumsBackward.apply if torch.is_grad_enabled() else torch.ops.fastclip.similarity_sums_backward
-        grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *rest)
-        return *wanted(grads, needs), *(None,) * 8
+        grads = run(x, y, scale, positive, row_shift, col_shift, *weights, ctx.normalize, needs, ctx.backend, *mask)
+        return *wanted(grads, needs), *(None,) * 7
 
 
 class _SimilaritySumsBackward(torch.autograd.Function):
@@ -118,9 +116,9 @@ class _SimilaritySumsBackward(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3, kept):
+    def forward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3):
         return torch.ops.fastclip.similarity_sums_backward(
-            x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3, kept
+            x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3
         )
 
     @staticmethod
@@ -132,28 +130,17 @@ class _SimilaritySumsBackward(torch.autograd.Function):
         raise RuntimeError(ONCE)
 
 
-def _sums(
-    x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None, keep=False
-):
-    chosen, mask = backends.choose(x, backend), Mask(row_ids, col_ids, row_limit, col_limit)
-    kept = _kept(chosen, x, y, keep)
-    rest = (kept,) if kept.numel() else ()
-    return *chosen.similarity_sums(x, y, scale, positive, normalize, mask, *rest), kept
+def _sums(x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None):
+    mask = Mask(row_ids, col_ids, row_limit, col_limit)
+    return backends.choose(x, backend).similarity_sums(x, y, scale, positive, normalize, mask)
 
 
 def _sums_backward(
     x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend,
-    row_ids=None, col_ids=None, row_limit=None, col_limit=None, kept=None,
+    row_ids=None, col_ids=None, row_limit=None, col_limit=None,
 ):  # fmt: skip
     run, mask = backends.choose(x, backend).similarity_sums_backward, Mask(row_ids, col_ids, row_limit, col_limit)
-    rest = (kept,) if kept is not None and kept.numel() else ()
-    return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask, *rest)
-
-
-def _kept(chosen, x, y, keep) -> Tensor:
-    """Room for what the chosen backend keeps of a small problem for backward; empty where that is nothing."""
-    elements = chosen.kept_elements(x, y) if keep and hasattr(chosen, "kept_elements") else 0
-    return x.new_empty(elements, dtype=accumulation_dtype(x.dtype))
+    return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask)
 
 
 def _ranks(x, y, scale, rows, cols, normalize, backend):
@@ -165,14 +152,11 @@ def _products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x
     return run(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values)
 
 
-def _fake_sums(
-    x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None, keep=False
-):
+def _fake_sums(x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None):
     same_device(x, y, scale, positive, row_ids, col_ids, row_limit, col_limit)
     rows = x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
     cols = y.new_empty(y.shape[0], dtype=rows.dtype)
-    kept = _kept(backends.choose(x, backend), x, y, keep)
-    return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows), kept
+    return rows, cols, torch.empty_like(rows), torch.empty_like(cols), torch.empty_like(rows)
 
 
 def _fake_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, *rest):
@@ -193,15 +177,14 @@ def _fake_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normali
 _MASK = "Tensor? row_ids=None, Tensor? col_ids=None, Tensor? row_limit=None, Tensor? col_limit=None"
 _VECTORS = "Tensor x, Tensor y, Tensor scale, Tensor positive, Tensor row_shift, Tensor col_shift"
 register(
-    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK},"
-    " bool keep=False)"
-    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos, Tensor kept)",
+    f"similarity_sums(Tensor x, Tensor y, Tensor scale, Tensor positive, bool normalize, str backend, {_MASK})"
+    " -> (Tensor row_sum, Tensor col_sum, Tensor row_shift, Tensor col_shift, Tensor pos)",
     _sums,
     _fake_sums,
 )
 register(
     f"similarity_sums_backward({_VECTORS}, Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, bool normalize,"
-    f" bool[3] needs, str backend, {_MASK}, Tensor? kept=None) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
+    f" bool[3] needs, str backend, {_MASK}) -> (Tensor grad_x, Tensor grad_y, Tensor grad_scale)",
     _sums_backward,
     _fake_sums_backward,
 )

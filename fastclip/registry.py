@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastclip.checks import early_gradient_dtype
+
 ONCE = "fastclip losses are differentiable once: a gradient of their gradient is not available"
 
 _lib = torch.library.Library("fastclip", "DEF")
@@ -57,9 +59,44 @@ def like_or_empty(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Ten
     return tuple(tensor.new_empty(tensor.shape if need else (0,)) for tensor, need in zip(tensors, needs, strict=True))
 
 
+def early_or_empty(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The same for gradients that come with the value (checks.early_gradient_dtype)."""
+    return tuple(
+        tensor.new_empty(tensor.shape if need else (0,), dtype=early_gradient_dtype(tensor.dtype))
+        for tensor, need in zip(tensors, needs, strict=True)
+    )
+
+
+def scaled(upstream: Tensor, inputs: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """upstream (0-d) times the gradients that came with the value, in the inputs' dtypes.
+
+    Tied to the inputs where they may be differentiated again, so that doing it raises.
+    """
+    run = _ScaleOnce.apply if torch.is_grad_enabled() else _ScaleOnce.forward
+    return run(upstream, *inputs, *grads)
+
+
 def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """None in place of the empty tensors."""
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+class _ScaleOnce(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(upstream, *inputs_and_grads):
+        half = len(inputs_and_grads) // 2
+        inputs, grads = inputs_and_grads[:half], inputs_and_grads[half:]
+        return tuple((upstream * grad).to(input.dtype) for input, grad in zip(inputs, grads, strict=True))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_grads):
+        raise RuntimeError(ONCE)
 
 
 def _without_autocast(run: Callable) -> Callable:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastclip import backends
 from fastclip.checks import accumulation_dtype
 from fastclip.ops import NO_MASK, Mask
-from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted, with_signature
+from fastclip.registry import early_or_empty, register, same_device, scaled, wanted, with_signature
 
 
 def sigmoid_loss(
@@ -73,9 +73,10 @@ class _SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         inputs, grads = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        scaled = _scaled(upstream, *inputs, *grads)
-        return *wanted(scaled, ctx.needs_input_grad[:4]), *(None,) * 8
+        return *wanted(scaled(upstream, inputs, grads), ctx.needs_input_grad[:4]), *(None,) * 8
 
 
 class _SigmoidRows(torch.autograd.Function):
@@ -102,34 +103,8 @@ class _SigmoidRows(torch.autograd.Function):
         grads = torch.ops.fastclip.sigmoid_loss(
             x, y, scale, bias, positive, upstream, ctx.normalize, needs, ctx.backend, row_ids, col_ids, ctx.match
         )[1:]
-        if torch.is_grad_enabled():
-            grads = _ScaleOnce.apply(torch.ones_like(scale), x, y, scale, bias, *grads)
+        grads = scaled(torch.ones_like(scale), (x, y, scale, bias), grads)
         return *wanted(grads, needs), *(None,) * 7
-
-
-def _scaled(upstream, x, y, scale, bias, *grads):
-    """upstream times each gradient; tied to the inputs, so that it raises, where they may be differentiated again."""
-    if torch.is_grad_enabled():
-        return _ScaleOnce.apply(upstream, x, y, scale, bias, *grads)
-    return _ScaleOnce.forward(upstream, x, y, scale, bias, *grads)
-
-
-class _ScaleOnce(torch.autograd.Function):
-    """upstream times each gradient, tied to the inputs so that differentiating twice raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(upstream, x, y, scale, bias, grad_x, grad_y, grad_scale, grad_bias):
-        return tuple((upstream * grad).to(grad.dtype) for grad in (grad_x, grad_y, grad_scale, grad_bias))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(ONCE)
 
 
 def _sigmoid(x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False):
@@ -141,7 +116,7 @@ def _fake_sigmoid(
     x, y, scale, bias, positive, row_weight, normalize, needs, backend, ids=None, col_ids=None, match=False
 ):
     same_device(x, y, scale, bias, positive, row_weight, ids, col_ids)
-    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)), *like_or_empty((x, y, scale, bias), needs)
+    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)), *early_or_empty((x, y, scale, bias), needs)
 
 
 register(

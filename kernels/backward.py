@@ -36,21 +36,21 @@ def similarity_sums_backward(
         return None, None, None
     args = (x_op.rows, y_op.rows, scale, positive, row_shift, col_shift, a, b)
     gradient = Gradient(*args, precision) if mask is None else MaskedGradient(*args, mask, precision)
-    return waves(gradient, x, y, x_op, y_op, positive, d, needs, workspace)
+    return waves(gradient, x, y, x_op, y_op, positive, d, needs, workspace, x.dtype)
 
 
 def waves(
     gradient: Filler, x: Tensor, y: Tensor, x_op: Operand, y_op: Operand, positive: Tensor, d: Tensor,
-    needs: list[bool], workspace: int,
+    needs: list[bool], workspace: int, dtype: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx, dy and dscale from blocks of G: two GEMMs take each block in, finish.py ends each slab of rows."""
+    """dx, dy in `dtype` and dscale from blocks of G: two GEMMs take each in, finish.py ends each slab of rows."""
     (N, D), M = x.shape, len(y)
     need_rows, need_columns = needs[0] or needs[2], needs[1]
     step_n, step_m = configs.wave(N, M, x_op.rows.shape[1], x.element_size(), workspace)
     g = x.new_empty(step_n, step_m)
     if need_rows:
         slab = torch.empty(step_n, D, dtype=torch.float32, device=x.device)
-        dx = torch.empty(N, D, dtype=x.dtype, device=x.device)
+        dx = torch.empty(N, D, dtype=dtype, device=x.device)
         inner = torch.empty(N, dtype=torch.float32, device=x.device)
     if need_columns:
         total = torch.empty(M, D, dtype=torch.float32, device=x.device)
@@ -71,7 +71,7 @@ def waves(
             )
     return (
         dx if needs[0] else None,
-        finish.columns(total, y, y_op, x_op.rows, positive, d, gradient.const) if need_columns else None,
+        finish.columns(total, y, y_op, x_op.rows, positive, d, gradient.const, dtype) if need_columns else None,
         inner.sum(dtype=torch.float64) if needs[2] else None,
     )
 

@@ -1,7 +1,7 @@
 """The end of backward, one row a program: positives in float32, the scale's gradient, the normalisation's backward.
 
 Reads: the GEMMs' float32 sums [N, D], d [N], the other side's operand rows, x [N, D] with its lengths. Writes: dx
-[N, D] in x's dtype, inner [N] float32 with dscale = sum of inner. Never holds: more than BD elements of a row.
+[N, D] in any dtype, inner [N] float32 with dscale = sum of inner. Never holds: more than BD elements of a row.
 
     g = sums / gain + sum of d y~_p        dx^ = scale g        dx = (dx^ - x^ <x^, dx^>) / |x|        (math.md, eq. 8)
 """
@@ -108,12 +108,13 @@ def rows(
 
 
 def columns(
-    sums: Tensor, y: Tensor, y_op: Operand, other: Tensor, positive: Tensor, d: Tensor, const: Tensor
-) -> Tensor:
-    """dy [M, D] in y's dtype. Rows are sorted by their positive, so that each column adds its rows in a fixed order."""
+    sums: Tensor, y: Tensor, y_op: Operand, other: Tensor, positive: Tensor, d: Tensor, const: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """dy [M, D] in `dtype`. Rows are sorted by their positive, so that each column adds its rows in a fixed order."""
     ordered, order = torch.sort(positive, stable=True)
     first = torch.searchsorted(ordered, torch.arange(len(y) + 1, device=y.device))
-    out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    out = torch.empty(y.shape, dtype=dtype, device=y.device)
     finish_columns_kernel[(len(y),)](
         p_sums=sums, p_other=other, p_order=order, p_first=first, p_d=d, p_y=y,
         p_length=sums if y_op.length is None else y_op.length, p_const=const, p_out=out,

@@ -204,9 +204,9 @@ class SigmoidPass:
 def sigmoid_loss(
     x: Tensor, y: Tensor, x_op: Operand, y_op: Operand, scale: Tensor, bias: Tensor, positive: Tensor,
     weight: Tensor, codes: tuple[Tensor, Tensor] | None, match_is_positive: bool, needs: list[bool],
-    precision: str, workspace: int,
+    precision: str, workspace: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """row_loss [N], dx, dy, dscale, dbias (contract: fastclip/sigmoid.py); None where not needed."""
+    """row_loss [N], dx, dy in `dtype`, dscale, dbias (contract: fastclip/sigmoid.py); None where not needed."""
     wanted = weight if any(needs) else None
     run = SigmoidPass(x_op, y_op, scale, bias, positive, precision, wanted, codes, match_is_positive)
     if not any(needs):
@@ -214,5 +214,5 @@ def sigmoid_loss(
         for start in range(0, len(x), step):
             run.value(slice(start, min(start + step, len(x))))
         return run.row_loss(), None, None, None, None
-    dx, dy, dscale = waves(run, x, y, x_op, y_op, positive, run.own, needs[:3], workspace)
+    dx, dy, dscale = waves(run, x, y, x_op, y_op, positive, run.own, needs[:3], workspace, dtype)
     return run.row_loss(), dx, dy, dscale, run.grad_bias() if needs[3] else None

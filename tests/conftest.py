@@ -10,6 +10,8 @@ import torch
 from cases import BACKENDS
 from hypothesis import settings
 
+from fastclip import small
+
 # Bounded and repeatable: the same examples on every machine, and no deadline on one that is busy.
 settings.register_profile("fastclip", max_examples=40, deadline=None, derandomize=True)
 settings.load_profile("fastclip")
@@ -31,10 +33,12 @@ def pytest_runtest_setup(item):
     torch.manual_seed(seed)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request) -> str:
-    """Each backend that can run on this machine."""
-    return request.param
+@pytest.fixture(params=[*BACKENDS, *(["cpu-large"] if "cpu" in BACKENDS else [])])
+def backend(request, monkeypatch) -> str:
+    """Each backend that can run on this machine; the C++ kernels twice, once with every batch taken for a large one."""
+    if request.param == "cpu-large":
+        monkeypatch.setattr(small, "MOST_PAIRS", 0)
+    return request.param.removesuffix("-large")
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ bool has_bf16_dot() { return isa().bf16.pack; }
 // Room for one wave of G of an n x m problem, and no more than that problem needs.
 int64_t wave_elements(int64_t n, int64_t m) {
   const auto blocks = [](int64_t count) { return std::min(kWave, (count + kBlock - 1) / kBlock); };
-  return ((blocks(n) - 1) * kWave + blocks(m)) * kBlock * kBlock;
+  return blocks(n) * blocks(m) * kBlock * kBlock;
 }
 
 // The rows of y^, m of them d wide, that one wave meets; an even number, for those that lie in pairs.
@@ -67,12 +67,16 @@ int64_t y_wave_elements(int64_t m, int64_t d, bool is_double) {
   return padded(std::min(kWave * kBlock, m), 2) * padded(d, panel(is_double));
 }
 
+Features features(const Tensor& x) {
+  STD_TORCH_CHECK(x.stride(1) == 1 || x.size(1) == 1, "rows of the features must be contiguous");
+  return {x.data_ptr(), element_of(x), x.size(0), x.size(1), x.stride(0)};
+}
+
 template <class P>
 Pack<P> pack_rows(const Tensor& x, bool normalize, const Tensor& length, const Tensor& factor, const Tensor& rows) {
   const int64_t n = x.size(0), d = x.size(1), W = kernels<P>().panel;
-  STD_TORCH_CHECK(x.stride(1) == 1 || d == 1, "rows of the features must be contiguous");
   STD_TORCH_CHECK(Precision<P>::kPair == 1 || x.scalar_type() == ScalarType::BFloat16, "the features must be bfloat16");
-  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)},
+  return {features(x),
           normalize,
           data<Real<P>>(length, n, "length"),
           rows.numel() ? data<Stored<P>>(rows, n * padded(d, W), "rows") : nullptr,
@@ -142,12 +146,13 @@ Finish<T> finish_side(const Tensor& x, const Tensor& dx, const Tensor& factor, d
                       const Tensor& grad, const Tensor& inner) {
   if (!dx.numel()) return {};
   const int64_t n = x.size(0), d = x.size(1);
-  return {{x.data_ptr(), element_of(x), n, d, x.stride(0)},
+  return {features(x),
           normalize,
           data<T>(dx, n * padded(d, kernels<T>().panel), "dx"),
           factor.numel() ? data<T>(factor, n, "factor") : nullptr,
           T(scale),
           grad.numel() ? data<char>(grad, n * d, "grad") : nullptr,
+          grad.numel() && grad.scalar_type() != x.scalar_type(),
           data<double>(inner, n, "inner")};
 }
 

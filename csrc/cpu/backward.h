@@ -77,16 +77,16 @@ static double weigh_panel(const Gradients<P>& p, int64_t i0, int64_t rows, int64
   return double(sum_of_lanes<T>(slope));
 }
 
-// out [R rows of stride `stride`, kPanel] += acc
+// out [R rows of stride `stride`, kPanel] += acc; with is_first, = acc
 template <class T, int R>
-static FC_INLINE void add_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], T* out, int64_t stride) {
+static FC_INLINE void add_tile(typename Simd<T>::V (&acc)[R][kVectorsPerPanel], T* out, int64_t stride, bool is_first) {
   typedef Simd<T> L;
   FC_UNROLL
   for (int r = 0; r < R; ++r) {
     FC_UNROLL
     for (int v = 0; v < kVectorsPerPanel; ++v) {
       T* p = out + r * stride + v * L::kLanes;
-      L::store(p, L::load(p) + acc[r][v]);
+      L::store(p, is_first ? acc[r][v] : L::load(p) + acc[r][v]);
     }
   }
 }
@@ -98,7 +98,7 @@ struct Wave {
   int64_t i_first, i_last, j_first, j_last;
   Real<P>* data;
   Real<P>* block(int64_t i, int64_t j) const {
-    return data + ((i - i_first) * kWave + (j - j_first)) * kBlock * kBlock;
+    return data + ((i - i_first) * (j_last - j_first) + (j - j_first)) * kBlock * kBlock;
   }
   // G as add_dx reads it, and as add_dy does: the same numbers twice where they lie in pairs.
   Stored<P>* rows(int64_t i, int64_t j) const { return reinterpret_cast<Stored<P>*>(block(i, j)); }
@@ -154,11 +154,13 @@ static void store_panel(const Gradients<P>& p, const Wave<P>& wave, int64_t i, i
   }
 }
 
+// Below, each function returns the tasks of one step of a wave.
+
 template <class P>
-static void weigh_wave(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+static auto weigh_wave(const Gradients<P>& p, const Wave<P>& wave) {
   constexpr int64_t W = Simd<Real<P>>::kPanel, kPanels = kBlock / W;
   const int64_t columns = wave.j_last - wave.j_first;
-  parallel(run, (wave.i_last - wave.i_first) * columns, [&](int64_t task) {
+  return tasks((wave.i_last - wave.i_first) * columns, [&p, &wave, columns](int64_t task) {
     alignas(kVectorBytes) Real<P> scratch[Precision<P>::kPair == 1 ? 1 : kBlock * W];
     const int64_t i = wave.i_first + task / columns, j = wave.j_first + task % columns;
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
@@ -173,18 +175,16 @@ static void weigh_wave(const Gradients<P>& p, const Wave<P>& wave, ParallelFor r
     }
     if (p.slope) p.slope[1 + task] = slope;
   });
-  // In order, whichever thread came first.
-  for (int64_t task = 0; p.slope && task < (wave.i_last - wave.i_first) * columns; ++task)
-    p.slope[0] += p.slope[1 + task];
 }
 
 // The rows of y^ that the wave meets, out of y_columns: a square of lanes at a time, turned.
 template <class P>
-static void turn_columns(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+static auto turn_columns(const Gradients<P>& p, const Wave<P>& wave) {
   typedef Simd<Real<P>> L;
   constexpr int64_t W = L::kPanel, kLanes = L::kLanes, kPair = Precision<P>::kPair, kDeep = kLanes * kPair;
   const int64_t D = p.S.D, depth = whole_pairs<P>(D), padded = ceil_div(D, W) * W;
-  parallel(run, wave.j_last - wave.j_first, [&](int64_t task) {
+  const bool is_wanted = p.dx && !p.Y && wave.i_first == 0;
+  return tasks(is_wanted ? wave.j_last - wave.j_first : 0, [&p, &wave, D, depth, padded](int64_t task) {
     const int64_t j0 = (wave.j_first + task) * kBlock, rows = smaller(kBlock, p.S.M - j0);
     for (int64_t k0 = 0; k0 < padded; k0 += kDeep) {
       Stored<P>* out = p.y_wave + task * kBlock * padded + k0 / W * W * whole_pairs<P>(rows);
@@ -200,13 +200,14 @@ static void turn_columns(const Gradients<P>& p, const Wave<P>& wave, ParallelFor
   });
 }
 
-// x_pairs: the rows of x^, side by side.
+// x_pairs: the rows of x^, side by side; once, with the first wave.
 template <class P>
-static void pair_rows(const Gradients<P>& p, ParallelFor run) {
+static auto pair_rows(const Gradients<P>& p, const Wave<P>& wave) {
   typedef Simd<Real<P>> L;
   constexpr int64_t W = L::kPanel, kDeep = L::kLanes * Precision<P>::kPair;
   const int64_t padded = ceil_div(p.S.D, W) * W;
-  parallel(run, ceil_div(p.S.N, kBlock), [&](int64_t block) {
+  const bool is_wanted = Precision<P>::kPair > 1 && p.dy && wave.i_first == 0 && wave.j_first == 0;
+  return tasks(is_wanted ? ceil_div(p.S.N, kBlock) : 0, [&p, padded](int64_t block) {
     const int64_t i0 = block * kBlock, rows = smaller(kBlock, p.S.N - i0), whole = whole_pairs<P>(rows);
     for (int64_t k0 = 0; k0 < padded; k0 += W) {
       const Stored<P>* in = p.S.x_rows + i0 * padded + k0 * rows;
@@ -223,43 +224,90 @@ static void pair_rows(const Gradients<P>& p, ParallelFor run) {
   });
 }
 
-// dx of the wave's rows += G Y
+// What row i's positive, which store_panel set aside, adds to dx_i and to dy's row, both without the factor that they
+// still lack.
 template <class P>
-static void add_dx(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+static FC_INLINE Real<P> positive_weight(const Gradients<P>& p, int64_t i) {
+  const Similarity<P>& S = p.S;
+  return S.x_factor ? p.positive_g[i] * (S.x_factor[i] * S.y_factor[S.positive[i]]) : p.positive_g[i];
+}
+
+// dx_i += g_i y_p, p = positive_i, for the positives in the wave: rows i0.. and panels [first, last) of D.
+template <class P>
+static void add_positives_to_dx(const Gradients<P>& p, const Wave<P>& wave, int64_t i0, int64_t rows, int64_t first,
+                                int64_t last) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  const int64_t padded = ceil_div(p.width, W) * W;
+  for (int64_t i = i0; i < i0 + rows; ++i) {
+    const int64_t positive = p.S.positive[i], j = positive / kBlock;
+    if (j < wave.j_first || j >= wave.j_last) continue;
+    const int64_t depth = whole_pairs<P>(smaller(kBlock, p.S.M - j * kBlock));
+    const Stored<P>* y = p.y_wave + (j - wave.j_first) * kBlock * padded + pair_index<P>(positive % kBlock, 0);
+    const Real<P> g = positive_weight(p, i);
+    for (int64_t panel = first; panel < last; ++panel) {
+      Real<P>* dx = p.dx + i * padded + panel * W;
+      for (int64_t k = 0; k < W; ++k) dx[k] += g * widen(y[panel * depth * W + pair_index<P>(0, k)]);
+    }
+  }
+}
+
+// dy_p += g_i x_i for the positives in the wave: columns j0.. and panels [first, last) of D; i in order.
+template <class P>
+static void add_positives_to_dy(const Gradients<P>& p, const Wave<P>& wave, int64_t j0, int64_t columns, int64_t first,
+                                int64_t last) {
+  constexpr int64_t W = Simd<Real<P>>::kPanel;
+  const int64_t padded = ceil_div(p.width, W) * W;
+  for (int64_t i = wave.i_first * kBlock; i < smaller(wave.i_last * kBlock, p.S.N); ++i) {
+    const int64_t positive = p.S.positive[i];
+    if (positive < j0 || positive >= j0 + columns) continue;
+    const int64_t i0 = i / kBlock * kBlock, rows = smaller(kBlock, p.S.N - i0);
+    const Real<P> g = positive_weight(p, i);
+    for (int64_t panel = first; panel < last; ++panel) {
+      const Stored<P>* x = p.S.x_rows + i0 * padded + panel * W * rows + (i - i0) * W;
+      Real<P>* dy = p.dy + positive * padded + panel * W;
+      for (int64_t k = 0; k < W; ++k) dy[k] += g * widen(x[k]);
+    }
+  }
+}
+
+// dx of the wave's rows += G Y; the first block of a row overwrites what is there
+template <class P>
+static auto add_dx(const Gradients<P>& p, const Wave<P>& wave) {
   constexpr int64_t W = Simd<Real<P>>::kPanel;
   const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
-  parallel(run, (wave.i_last - wave.i_first) * groups, [&](int64_t task) {
-    const int64_t i = wave.i_first + task / groups, first = task % groups * kPanelsPerTask;
-    const int64_t i0 = i * kBlock, rows = smaller(kBlock, p.S.N - i0);
+  return tasks(p.dx ? (wave.i_last - wave.i_first) * groups : 0, [&p, &wave, panels, groups, padded](int64_t task) {
+    const int64_t i = wave.i_first + task / groups, i0 = i * kBlock, rows = smaller(kBlock, p.S.N - i0);
+    const int64_t first = task % groups * kPanelsPerTask, last = smaller(first + kPanelsPerTask, panels);
     for (int64_t j = wave.j_first; j < wave.j_last; ++j) {
       const int64_t j0 = j * kBlock, depth = whole_pairs<P>(smaller(kBlock, p.S.M - j0));
       const Stored<P>* g = wave.rows(i, j);
-      for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
+      for (int64_t panel = first; panel < last; ++panel) {
         const Stored<P>* block = p.Y ? p.Y + j0 * padded : p.y_wave + (j - wave.j_first) * kBlock * padded;
         const Stored<P>* y = block + panel * depth * W;
         for_row_tiles(rows, [&](int64_t r, auto count) {
           constexpr int R = decltype(count)::value;
           typename Simd<Real<P>>::V acc[R][kVectorsPerPanel] = {};
           multiply<P, R>(WalkRows{}, g + r * W, rows, y, depth, acc);
-          add_tile<Real<P>, R>(acc, p.dx + (i0 + r) * padded + panel * W, padded);
+          add_tile<Real<P>, R>(acc, p.dx + (i0 + r) * padded + panel * W, padded, j == 0);
         });
       }
     }
+    if constexpr (Precision<P>::kPair > 1) add_positives_to_dx(p, wave, i0, rows, first, last);
   });
 }
 
-// dy of the wave's columns += G^T X
+// dy of the wave's columns += G^T X, likewise
 template <class P>
-static void add_dy(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) {
+static auto add_dy(const Gradients<P>& p, const Wave<P>& wave) {
   constexpr int64_t W = Simd<Real<P>>::kPanel, kPair = Precision<P>::kPair;
   const int64_t panels = ceil_div(p.width, W), groups = ceil_div(panels, kPanelsPerTask), padded = panels * W;
   const Stored<P>* X = kPair == 1 ? p.X : p.x_pairs;
-  parallel(run, (wave.j_last - wave.j_first) * groups, [&](int64_t task) {
-    const int64_t j = wave.j_first + task / groups, first = task % groups * kPanelsPerTask;
-    const int64_t j0 = j * kBlock, columns = smaller(kBlock, p.S.M - j0);
+  return tasks(p.dy ? (wave.j_last - wave.j_first) * groups : 0, [&p, &wave, panels, groups, padded, X](int64_t task) {
+    const int64_t j = wave.j_first + task / groups, j0 = j * kBlock, columns = smaller(kBlock, p.S.M - j0);
+    const int64_t first = task % groups * kPanelsPerTask, last = smaller(first + kPanelsPerTask, panels);
     for (int64_t i = wave.i_first; i < wave.i_last; ++i) {
       const int64_t i0 = i * kBlock, depth = whole_pairs<P>(smaller(kBlock, p.S.N - i0));
-      for (int64_t panel = first; panel < smaller(first + kPanelsPerTask, panels); ++panel) {
+      for (int64_t panel = first; panel < last; ++panel) {
         const Stored<P>* x = X + i0 * padded + panel * depth * W;
         for (int64_t c = 0; c < columns; c += W) {
           const Stored<P>* g = wave.pairs(i, j) + c * depth;
@@ -267,67 +315,38 @@ static void add_dy(const Gradients<P>& p, const Wave<P>& wave, ParallelFor run) 
             constexpr int R = decltype(count)::value;
             typename Simd<Real<P>>::V acc[R][kVectorsPerPanel] = {};
             multiply<P, R>(WalkColumns{}, g + r * kPair, depth, x, depth, acc);
-            add_tile<Real<P>, R>(acc, p.dy + (j0 + c + r) * padded + panel * W, padded);
+            add_tile<Real<P>, R>(acc, p.dy + (j0 + c + r) * padded + panel * W, padded, i == 0);
           });
         }
       }
     }
+    if constexpr (kPair > 1) add_positives_to_dy(p, wave, j0, columns, first, last);
   });
 }
 
-// The positives that store_panel set aside: dx_i += g_i y_p and dy_p += g_i x_i, p = positive_i, both without the
-// factor that dx and dy still lack. A task owns its rows of dx, or its columns of dy: the sums keep their order.
-template <class P>
-static void add_positives(const Gradients<P>& p, ParallelFor run) {
-  typedef Real<P> T;
-  constexpr int64_t W = Simd<T>::kPanel;
-  const Similarity<P>& S = p.S;
-  const int64_t blocks = p.dx ? ceil_div(S.N, kBlock) : 0, panels = ceil_div(S.D, W), padded = panels * W;
-  const auto weight = [&](int64_t i) {
-    return S.x_factor ? p.positive_g[i] * (S.x_factor[i] * S.y_factor[S.positive[i]]) : p.positive_g[i];
-  };
-  parallel(run, blocks + (p.dy ? panels : 0), [&](int64_t task) {
-    if (task < blocks) {
-      for (int64_t i = task * kBlock; i < smaller((task + 1) * kBlock, S.N); ++i) {
-        const int64_t j = S.positive[i];
-        const Stored<P>* y = S.y_columns + j / W * W * whole_pairs<P>(S.D);
-        const T g = weight(i);
-        for (int64_t k = 0; k < S.D; ++k) p.dx[i * padded + k] += g * widen(y[pair_index<P>(k, j % W)]);
-      }
-      return;
-    }
-    const int64_t k0 = (task - blocks) * W;
-    for (int64_t i = 0; i < S.N; ++i) {
-      const int64_t i0 = i / kBlock * kBlock, rows = smaller(kBlock, S.N - i0);
-      const Stored<P>* x = S.x_rows + i0 * padded + k0 * rows + (i - i0) * W;
-      T* dy = p.dy + S.positive[i] * padded + k0;
-      const T g = weight(i);
-      for (int64_t k = 0; k < W; ++k) dy[k] += g * widen(x[k]);
-    }
-  });
-}
-
-// Calls make(wave), which fills a wave with G, and adds its products, wave after wave: those that share Y's rows follow
-// each other.
-template <class P, class F>
-static FC_INLINE void for_waves(const Gradients<P>& p, ParallelFor run, const F& make) {
+// Fills a wave with G by make(wave)'s tasks, calls made(wave) and adds its products, wave after wave: those that share
+// Y's rows follow each other.
+template <class P, class Make, class Made>
+static FC_INLINE void for_waves(const Gradients<P>& p, ParallelFor run, const Make& make, const Made& made) {
   const int64_t row_blocks = ceil_div(p.S.N, kBlock), col_blocks = ceil_div(p.S.M, kBlock);
-  if (Precision<P>::kPair > 1 && p.dy) pair_rows(p, run);
   for (int64_t j = 0; j < col_blocks; j += kWave) {
     for (int64_t i = 0; i < row_blocks; i += kWave) {
       const Wave<P> wave = {i, smaller(i + kWave, row_blocks), j, smaller(j + kWave, col_blocks), p.wave};
-      if (p.dx && !p.Y && i == 0) turn_columns(p, wave, run);
-      make(wave);
-      if (p.dx) add_dx(p, wave, run);
-      if (p.dy) add_dy(p, wave, run);
+      parallel(run, make(wave), turn_columns(p, wave), pair_rows(p, wave));
+      made(wave);
+      parallel(run, add_dx(p, wave), add_dy(p, wave), tasks(0, [](int64_t) {}));
     }
   }
-  if constexpr (Precision<P>::kPair > 1) add_positives(p, run);
 }
 
 template <class P>
 static void gradients(const Gradients<P>& p, ParallelFor run) {
-  for_waves(p, run, [&](const Wave<P>& wave) { weigh_wave(p, wave, run); });
+  // Slopes in order, whichever thread came first.
+  const auto sum_slopes = [&](const Wave<P>& wave) {
+    const int64_t blocks = (wave.i_last - wave.i_first) * (wave.j_last - wave.j_first);
+    for (int64_t block = 0; p.slope && block < blocks; ++block) p.slope[0] += p.slope[1 + block];
+  };
+  for_waves(p, run, [&](const Wave<P>& wave) { return weigh_wave(p, wave); }, sum_slopes);
 }
 
 }  // namespace FC_ISA

@@ -20,28 +20,44 @@ static FC_INLINE double inner_product(const In* x, const T* dx, int64_t D) {
   return inner;
 }
 
-template <class T, class In>
+// out [D] = value(k), which may be made of what lies there.
+template <class T, class Out, class F>
+static FC_INLINE void store_row(int64_t D, Out* out, const F& value) {
+  constexpr int W = Simd<T>::kPanel;
+  T values[W];
+  int64_t k0 = 0;
+  for (; k0 + W <= D; k0 += W) {
+    for (int l = 0; l < W; ++l) values[l] = value(k0 + l);
+    for (int l = 0; l < W; ++l) narrow(values[l], out + k0 + l);
+  }
+  for (; k0 < D; ++k0) narrow(value(k0), out + k0);
+}
+
+template <class T, class In, class Out>
 static void finish_row(const Finish<T>& f, int64_t i) {
   constexpr int W = Simd<T>::kPanel;
   const int64_t D = f.x.width;
   const In* x = row_of<In>(f.x, i);
   const T* dx = f.dx + i * ((D + W - 1) / W * W);
   const double length = f.normalize ? length_of(x, D, true) : 1.0, divisor = f.factor ? double(f.factor[i]) : 1.0;
-  const double inner = inner_product(x, dx, D) / length;
-  f.inner[i] = inner / divisor;
+  const double inner = f.normalize || f.inner ? inner_product(x, dx, D) / length : 0.0;
+  if (f.inner) f.inner[i] = inner / divisor;
   if (!f.grad) return;
-  In* out = static_cast<In*>(f.grad) + i * D;
+  Out* out = static_cast<Out*>(f.grad) + i * D;
   // A length clamped to eps is a constant: no component along x^ to remove.
   const T along = f.normalize && !(length <= kShortest) ? T(inner) : T(0);
   const T divided_by = T(length), scale = T(f.scale / (length * divisor));
-  const auto gradient = [&](int64_t k) { return scale * (dx[k] - widen(x[k]) / divided_by * along); };
-  T values[W];  // the gradient may lie where dx does
-  int64_t k0 = 0;
-  for (; k0 + W <= D; k0 += W) {
-    for (int l = 0; l < W; ++l) values[l] = gradient(k0 + l);
-    for (int l = 0; l < W; ++l) narrow(values[l], out + k0 + l);
+  if (along == T(0)) {
+    store_row<T>(D, out, [=](int64_t k) { return scale * dx[k]; });
+  } else {
+    store_row<T>(D, out, [=](int64_t k) { return scale * (dx[k] - widen(x[k]) / divided_by * along); });
   }
-  for (; k0 < D; ++k0) narrow(gradient(k0), out + k0);
+}
+
+template <class T, class In>
+static void finish_rows(const Finish<T>& f, int64_t first, int64_t last) {
+  const auto row = f.wide ? finish_row<T, In, T> : finish_row<T, In, In>;
+  for (int64_t i = first; i < last; ++i) row(f, i);
 }
 
 template <class T>
@@ -51,15 +67,14 @@ static void finish(const Finish<T>& x, const Finish<T>& y, ParallelFor run) {
   parallel(run, x_tasks + y_tasks, [&](int64_t task) {
     const Finish<T>& f = task < x_tasks ? x : y;
     const int64_t first = (task < x_tasks ? task : task - x_tasks) * kRows;
-    for (int64_t i = first; i < first + kRows && i < f.x.rows; ++i) {
-      if constexpr (sizeof(T) == 8) {
-        finish_row<T, double>(f, i);
-      } else {
-        switch (f.x.element) {
-          case Element::bf16: finish_row<T, Bfloat16>(f, i); break;
-          case Element::f16: finish_row<T, Half>(f, i); break;
-          default: finish_row<T, float>(f, i);
-        }
+    const int64_t last = first + kRows < f.x.rows ? first + kRows : f.x.rows;
+    if constexpr (sizeof(T) == 8) {
+      finish_rows<T, double>(f, first, last);
+    } else {
+      switch (f.x.element) {
+        case Element::bf16: finish_rows<T, Bfloat16>(f, first, last); break;
+        case Element::f16: finish_rows<T, Half>(f, first, last); break;
+        default: finish_rows<T, float>(f, first, last);
       }
     }
   });

@@ -4,9 +4,9 @@
 // checks it, fills in its problem (arguments.h) and runs the kernels.
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
-
 #include "arguments.h"
+#include "clip_loss.h"
+#include "shift.h"
 
 namespace fastclip {
 namespace {
@@ -23,23 +23,17 @@ void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_factor, 
   });
 }
 
-// Whether a fixed shift lost nothing: backends/shift.py's needs_exact_path, without five passes over the sums.
-template <class T>
-bool in_range(const T* sum, int64_t count) {
-  return std::all_of(sum, sum + count, [](T s) { return s >= T(1e-25) && s <= std::numeric_limits<T>::max(); });
-}
-
 // True if every sum is in the range where a fixed shift loses nothing.
 bool sums(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
           double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor dots, Tensor row_sum,
+          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum,
           Tensor col_sum, Tensor pos) {
   bool lost_nothing = false;
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
     typedef Real<P> T;
     Sums<P> p = {similarity<P>(x_rows, y_columns, x_factor, y_factor, n, m, d, scale),
-                 dots.numel() ? data<T>(dots, n * padded(m, kernels<P>().panel), "dots") : nullptr,
+                 nullptr,
                  row_groups(n),
                  col_groups(m),
                  nullptr,
@@ -115,7 +109,7 @@ void ranks(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, in
 
 void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
                double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-               Tensor row_shift, Tensor col_shift, Tensor dots, Tensor x_values, Tensor y_values, int64_t width,
+               Tensor row_shift, Tensor col_shift, Tensor x_values, Tensor y_values, int64_t width,
                Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor x_pairs, Tensor y_wave,
                Tensor positive_g, Tensor dx, Tensor dy, Tensor slope) {
   with_precision(x_rows, [&](auto precision) {
@@ -123,7 +117,7 @@ void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor
     typedef Real<P> T;
     const int64_t W = kernels<P>().panel, stride = padded(width, W);
     Gradients<P> p = {similarity<P>(x_rows, y_columns, x_factor, y_factor, n, m, d, scale),
-                      dots.numel() ? data<T>(dots, n * padded(m, W), "dots") : nullptr,
+                      nullptr,
                       data<Stored<P>>(x_values, dy.numel() ? n * stride : 0, "x_values"),
                       y_values.numel() ? data<Stored<P>>(y_values, m * stride, "y_values") : nullptr,
                       width,
@@ -175,6 +169,54 @@ void sigmoid(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, 
   });
 }
 
+// Calls f with the precision that the features x are multiplied in.
+template <class F>
+void with_precision_of(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return isa().bf16.pack ? f(Bf16Dot{}) : f(float{});
+    default: f(float{});
+  }
+}
+
+int64_t clip_loss_bytes(Tensor x, bool normalize) {
+  int64_t bytes = 0;
+  with_precision_of(x, [&](auto precision) {
+    Carver room;
+    ClipScratch<decltype(precision)>(room, x.size(0), x.size(1), normalize);
+    bytes = room.bytes();
+  });
+  return bytes;
+}
+
+// An empty gradient is not wanted, an empty weight is 1.
+void clip_loss(Tensor x, Tensor y, double scale, Tensor weight, bool mean, bool normalize, Tensor scratch, Tensor loss,
+               Tensor grad_x, Tensor grad_y, Tensor grad_scale) {
+  with_precision_of(x, [&](auto precision) {
+    typedef decltype(precision) P;
+    typedef Real<P> T;
+    const int64_t n = x.size(0), d = x.size(1);
+    STD_TORCH_CHECK(y.size(0) == n && y.size(1) == d, "x and y must have the same shape");
+    Carver room(data<uint8_t>(scratch, clip_loss_bytes(x, normalize), "scratch"));
+    const ClipScratch<P> s(room, n, d, normalize);
+    const ClipLoss<P> p = {features(x), features(y), normalize, scale,
+                           weight.numel() ? data<T>(weight, n, "weight") : nullptr, mean};
+    const auto side = [&](const Tensor& of, const Tensor& grad, T* dx, const T* factor, double* inner) {
+      Finish<T> f = {features(of), normalize, dx, factor, T(scale), nullptr, false, inner};
+      if (!grad.numel()) return f;
+      f.grad = data<char>(grad, n * d, "grad");
+      f.wide = grad.scalar_type() != of.scalar_type();
+      // A gradient in T, without padding, is summed where it will lie.
+      const bool is_narrow = element_of(grad) == Element::bf16 || element_of(grad) == Element::f16;
+      if (!is_narrow && s.width == d) f.dx = static_cast<T*>(f.grad);
+      return f;
+    };
+    T* slope = grad_scale.numel() ? data<T>(grad_scale, 1, "grad_scale") : nullptr;
+    *data<T>(loss, 1, "loss") = T(loss_and_gradients(p, s, side(x, grad_x, s.dx, s.x_factor, s.x_inner),
+                                            side(y, grad_y, s.dy, s.y_factor, s.y_inner), slope));
+  });
+}
+
 // A side with an empty dx is left out.
 void finish(double scale, bool normalize, Tensor x, Tensor dx, Tensor x_factor, Tensor grad_x, Tensor x_inner, Tensor y,
             Tensor dy, Tensor y_factor, Tensor grad_y, Tensor y_inner) {
@@ -193,6 +235,10 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("isa() -> str");
   m.def("panel(bool is_double) -> int");
   m.def("has_bf16_dot() -> bool");
+  m.def("clip_loss_bytes(Tensor x, bool normalize) -> int");
+  m.def(
+      "clip_loss(Tensor x, Tensor y, float scale, Tensor weight, bool mean, bool normalize, Tensor(a!) scratch,"
+      " Tensor(b!) loss, Tensor(c!) grad_x, Tensor(d!) grad_y, Tensor(e!) grad_scale) -> ()");
   m.def("wave_elements(int n, int m) -> int");
   m.def("y_wave_elements(int m, int d, bool is_double) -> int");
   m.def(
@@ -202,8 +248,8 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "sums(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
       "Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) dots, Tensor(d!) row_sum,"
-      " Tensor(e!) col_sum, Tensor(f!) pos) -> bool");
+      " Tensor col_shift, Tensor(a!) row_partial, Tensor(b!) col_partial, Tensor(c!) row_sum,"
+      " Tensor(d!) col_sum, Tensor(e!) pos) -> bool");
   m.def(
       "maxima(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
       "Tensor positive, Tensor row_ids,"
@@ -222,7 +268,7 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
       "gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int n, int m, int d, float scale, "
       "Tensor positive, Tensor row_ids,"
       " Tensor col_ids, Tensor row_limit, Tensor col_limit, Tensor row_shift,"
-      " Tensor col_shift, Tensor dots, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor "
+      " Tensor col_shift, Tensor x_values, Tensor y_values, int width, Tensor grad_row_sum, Tensor "
       "grad_col_sum,"
       " Tensor grad_pos, Tensor(a!) wave, Tensor(b!) x_pairs, Tensor(c!) y_wave, Tensor(d!) positive_g, Tensor(e!) dx,"
       " Tensor(f!) dy, Tensor(g!) slope) -> ()");
@@ -246,6 +292,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastclip_cpu, CPU, m) {
+  m.impl("clip_loss_bytes", TORCH_BOX(&fastclip::clip_loss_bytes));
+  m.impl("clip_loss", TORCH_BOX(&fastclip::clip_loss));
   m.impl("pack", TORCH_BOX(&fastclip::pack));
   m.impl("sums", TORCH_BOX(&fastclip::sums));
   m.impl("maxima", TORCH_BOX(&fastclip::maxima));

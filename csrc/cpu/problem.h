@@ -45,6 +45,26 @@ void parallel(ParallelFor run, int64_t count, const F& f) {
   run(count, [](int64_t i, void* context) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&f));
 }
 
+// The tasks of several loops as one parallel loop: none waits for another's last one.
+template <class F>
+struct Tasks {
+  int64_t count;
+  F run;
+};
+template <class F>
+Tasks<F> tasks(int64_t count, const F& run) {
+  return {count, run};
+}
+
+template <class A, class B, class C>
+void parallel(ParallelFor run, const Tasks<A>& a, const Tasks<B>& b, const Tasks<C>& c) {
+  parallel(run, a.count + b.count + c.count, [&](int64_t i) {
+    if (i < a.count) return a.run(i);
+    if (i < a.count + b.count) return b.run(i - a.count);
+    c.run(i - a.count - b.count);
+  });
+}
+
 // Rows of a user's [rows, width] matrix, as they came.
 struct Features {
   const void* data;
@@ -78,8 +98,7 @@ struct Similarity {
 };
 
 // row_partial [row_groups' columns side: col_groups, N], col_partial [row_groups, M]: scratch, double.
-// dots: x^ y^T, kept for the backward pass of a small problem: blocks of rows, each panelled [block rows, M]; null: not
-// kept.
+// dots: x^ y^T, kept for the gradients of a small problem: blocks of rows, each panelled [block rows, M]; null: not kept.
 template <class P>
 struct Sums {
   Similarity<P> S;
@@ -108,13 +127,13 @@ struct Ranks {
   int64_t *row_rank, *col_rank;
 };
 
-// dx += G Y and dy += G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
+// dx = G Y and dy = G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
 // X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. Y null: y^,
 // whose rows are taken from y_columns a wave at a time. wave: room for kWave x kWave blocks of G. y_wave: for kWave
-// blocks of Y's rows. dx, dy: row-major [., padded width], zeroed; null where it is not wanted. dots: what Sums kept,
+// blocks of Y's rows. dx, dy: row-major [., padded width]; null where it is not wanted. dots: what Sums kept,
 // or null: it is computed again.
 //
-// With Bf16Dot, X and Y are x^ and y^, x_pairs is room for X's rows side by side, positive_g [N] zeroed, and row i of
+// With Bf16Dot, X and Y are x^ and y^, x_pairs is room for X's rows side by side, positive_g [N], and row i of
 // dx and dy comes without its x_factor or y_factor: G is stored times both factors, which serves both products. slope
 // [0], zeroed: sum_ij G_ij <x^_i, y^_j> is added to it; the rest of slope [1 + kWave^2] is scratch.
 template <class P>
@@ -146,8 +165,9 @@ struct Sigmoid {
   Real<P>*positive_g, *dx, *dy;
 };
 
-// grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type; inner [rows] = <x^,
-// dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided by first; null: 1.
+// grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type, or as T with wide; inner
+// [rows] = <x^, dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided by first;
+// null: 1.
 template <class T>
 struct Finish {
   Features x;
@@ -156,7 +176,8 @@ struct Finish {
   const T* factor;
   T scale;
   void* grad;  // null: only inner is wanted
-  double* inner;
+  bool wide;
+  double* inner;  // null: not wanted
 };
 
 // Bf16Dot stores the features as they came, but for a power of two, and their factors apart; others x^ itself.

@@ -115,10 +115,10 @@ static void sigmoid_block(const Sigmoid<P>& p, int64_t i0, int64_t rows, int64_t
 
 // One block row of a wave is one task: its rows' sums grow in a fixed order.
 template <class P>
-static void sigmoid_wave(const Sigmoid<P>& p, const Gradients<P>& products, const Wave<P>& wave, ParallelFor run) {
+static auto sigmoid_wave(const Sigmoid<P>& p, const Gradients<P>& products, const Wave<P>& wave) {
   constexpr int64_t W = Simd<Real<P>>::kPanel, kPanels = kBlock / W;
   const int64_t blocks = wave.i_last - wave.i_first;
-  parallel(run, blocks * (wave.j_last - wave.j_first), [&](int64_t task) {
+  return tasks(blocks * (wave.j_last - wave.j_first), [&p, &products, &wave, blocks](int64_t task) {
     alignas(kVectorBytes) Real<P> scratch[Precision<P>::kPair == 1 ? 1 : kBlock * kBlock];
     const int64_t i = wave.i_first + task % blocks, j = wave.j_first + task / blocks;
     const int64_t rows = smaller(kBlock, p.S.N - i * kBlock);
@@ -132,6 +132,10 @@ static void sigmoid_wave(const Sigmoid<P>& p, const Gradients<P>& products, cons
       store_panel(products, wave, i, j, panel, block + (panel - first) * rows * W);
     }
   });
+}
+
+template <class P>
+static void sum_rows(const Sigmoid<P>& p, const Wave<P>& wave) {
   for (int64_t j = 0; j < wave.j_last - wave.j_first; ++j) {
     const double* loss = p.partial + 3 * j * p.S.N;
     for (int64_t i = wave.i_first * kBlock; i < smaller(wave.i_last * kBlock, p.S.N); ++i) {
@@ -146,7 +150,9 @@ template <class P>
 static void sigmoid(const Sigmoid<P>& p, ParallelFor run) {
   const Gradients<P> products = {p.S,    nullptr,   p.S.x_rows, nullptr,      p.S.D, nullptr, nullptr, nullptr,
                                  p.wave, p.x_pairs, p.y_wave,   p.positive_g, p.dx,  p.dy,    nullptr};
-  for_waves(products, run, [&](const Wave<P>& wave) { sigmoid_wave(p, products, wave, run); });
+  for_waves(
+      products, run, [&](const Wave<P>& wave) { return sigmoid_wave(p, products, wave); },
+      [&](const Wave<P>& wave) { sum_rows(p, wave); });
 }
 
 }  // namespace FC_ISA

@@ -8,6 +8,7 @@ bfloat16 features are multiplied as they are where the processor has the instruc
 """
 
 import functools
+import threading
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
 
@@ -15,14 +16,12 @@ import torch
 from torch import Tensor
 
 from fastclip.backends.shift import finite_or_zero, fixed_shift
-from fastclip.checks import accumulation_dtype
+from fastclip.checks import accumulation_dtype, early_gradient_dtype
 
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
-# Pairs whose x^ y^T is kept for backward: above it, the memory is worth more than the time to compute it again.
-KEPT_PAIRS = 2**21
-WIDEST_PANEL = 64  # of any instruction set and dtype
+KEPT_BYTES = 2**23  # of scratch that a thread holds on to
 
 DEVICE = "cpu"
 
@@ -37,41 +36,26 @@ def describe() -> str:
     return f"C++ kernels, instruction set {_ops().isa()}, {torch.get_num_threads()} threads"
 
 
-def kept_elements(x: Tensor, y: Tensor) -> int:
-    """How many elements similarity_sums can keep for the backward pass of a small problem; 0 for a large one.
-
-    The packed features and x^ y^T of at most KEPT_PAIRS pairs, 8 MiB: a fixed bound, whatever N and M.
-    """
-    n, m, d = x.shape[0], y.shape[0], x.shape[1]
-    if n * m > KEPT_PAIRS:
-        return 0
-    # For the widest panels and either way to store them: a compiled graph's sizes hold on every processor.
-    return max(sum(_kept_sizes(n, m, d, WIDEST_PANEL, True, stored)) for stored in (torch.float32, torch.bfloat16))
-
-
-def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask, kept=None):
+def similarity_sums(x: Tensor, y: Tensor, scale: Tensor, positive: Tensor, normalize: bool, mask):
     """The operator's contract: ops.py."""
     S = _Similarity(x, y, scale, normalize)
-    S.pack(x, y, kept)
+    S.pack(x, y)
     return S.sums((positive.contiguous(), *_mask_args(mask)))
 
 
 def similarity_sums_backward(
-    x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask, kept=None
+    x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, mask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, y and scale; an empty tensor where `needs` says no."""
     S = _Similarity(x, y, scale, normalize)
-    if kept is None:
-        S.pack(x, y)
-    else:
-        S.take(kept)
+    S.pack(x, y)
     if S.in_pairs:
         S.slope = torch.zeros(1 + WAVE_BLOCKS**2, dtype=torch.float64)
     dx, dy = S.accumulators(needs)
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
-    rest = (S.dots, S.x, S.nothing, S.d, *weights, *S.room(dx, dy), dx, dy, S.slope)
+    rest = (S.x, S.nothing, S.d, *weights, *S.room(dx, dy), dx, dy, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args(mask), *shifts, *rest)
-    return S.gradients(x, y, scale, dx, dy, needs)
+    return S.gradients(x, y, scale, dx, dy, needs, x.dtype)
 
 
 def similarity_products(
@@ -85,7 +69,7 @@ def similarity_products(
     by_row, by_col = V.accumulators([True, True])
     shifts, weights = (row_shift.contiguous(), col_shift.contiguous()), (v.contiguous() for v in (a, b, d))
     room = S.room(S.nothing, S.nothing)
-    rest = (S.dots, V.x, y_rows, V.d, *weights, *room, by_row, by_col, S.slope)
+    rest = (V.x, y_rows, V.d, *weights, *room, by_row, by_col, S.slope)
     _ops().gradients(*S.args(), positive.contiguous(), *_mask_args((None,) * 4), *shifts, *rest)
     return by_row.view(V.n, V.width)[:, : V.d].contiguous(), by_col.view(V.m, V.width)[:, : V.d].contiguous()
 
@@ -105,7 +89,21 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     )  # fmt: skip
     S.slope = (row_weight * by_dot).sum(0, keepdim=True)
     grad_bias = (row_weight * slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0)
-    return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs), grad_bias
+    return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs, early_gradient_dtype(x.dtype)), grad_bias
+
+
+def clip_loss(x, y, scale, weight, mean, normalize, needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator's contract: small.py."""
+    loss = scale.new_empty(())
+    grads = [
+        tensor.new_empty(tensor.shape if need else (0,), dtype=early_gradient_dtype(tensor.dtype))
+        for tensor, need in zip((x, y, scale), needs, strict=True)
+    ]
+    x, y = _rows_contiguous(x), _rows_contiguous(y)
+    scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize))
+    weight = scale.new_empty(0) if weight is None else weight.contiguous()
+    _ops().clip_loss(x, y, float(scale), weight, mean, normalize, scratch, loss, *grads)
+    return loss, *grads
 
 
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
@@ -124,6 +122,23 @@ def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Te
     return ranks
 
 
+class _Scratch(threading.local):
+    """A thread's working memory, kept from call to call: fresh pages would take as long as a small batch's loss."""
+
+    buffer: Tensor | None = None
+
+    def of(self, count: int) -> Tensor:
+        """At least `count` bytes."""
+        if count > KEPT_BYTES:
+            return torch.empty(count, dtype=torch.uint8)
+        if self.buffer is None or len(self.buffer) < count:
+            self.buffer = torch.empty(count, dtype=torch.uint8)
+        return self.buffer
+
+
+_scratch = _Scratch()
+
+
 class _Similarity:
     """Packed x^ and y^ of one call, and what the passes over them share."""
 
@@ -134,17 +149,17 @@ class _Similarity:
         self.n, self.m, self.d = len(x), len(y), x.shape[1]
         self.width = _padded(self.d, self.panel)
         self.scale, self.normalize = float(scale), normalize
-        self.nothing = self.dots = self.x_factor = self.y_factor = self._empty(0)
+        self.nothing = self.x_factor = self.y_factor = self._empty(0)
         self.slope = torch.empty(0, dtype=torch.float64)
         self.x_length, self.y_length = self._empty(self.n), self._empty(self.m)
-        self.sizes = _kept_sizes(self.n, self.m, self.d, self.panel, normalize, self.stored)
 
-    def pack(self, x: Tensor, y: Tensor, kept: Tensor | None = None) -> None:
-        """Normalise and lay out; in `kept`, beside room for x^ y^T, what backward shall take."""
-        if kept is None:
-            self._set(*map(self._empty, self.sizes[1:]))
-        else:
-            self.take(kept)
+    def pack(self, x: Tensor, y: Tensor) -> None:
+        """Normalise and lay out."""
+        columns = _padded(self.m, self.panel)
+        if self.in_pairs and self.normalize:
+            self.x_factor, self.y_factor = self._empty(_padded(self.n, self.panel)), self._empty(columns)
+        self.x = self._empty(self.n * self.width, self.stored)
+        self.y_columns = self._empty(columns * (_padded(self.d, 2) if self.in_pairs else self.d), self.stored)
         self._pack(x, y, self.nothing, self.y_columns)
 
     def pack_rows(self, x: Tensor, y: Tensor) -> Tensor:
@@ -156,15 +171,6 @@ class _Similarity:
     def _pack(self, x: Tensor, y: Tensor, y_rows: Tensor, y_columns: Tensor) -> None:
         sides = (self.x_length, self.x_factor, self.x, self.y_length, self.y_factor, y_rows, y_columns)
         _ops().pack(_rows_contiguous(x), _rows_contiguous(y), self.normalize, *sides)
-
-    def take(self, kept: Tensor) -> None:
-        """The buffers that lie one after the other in `kept`."""
-        self.dots, *buffers = kept[: sum(self.sizes)].split(self.sizes)
-        self._set(*buffers)
-
-    def _set(self, x_factor: Tensor, y_factor: Tensor, x: Tensor, y_columns: Tensor) -> None:
-        self.x_factor, self.y_factor = x_factor, y_factor
-        self.x, self.y_columns = x.view(self.stored), y_columns.view(self.stored)
 
     def args(self) -> tuple:
         return self.x, self.y_columns, self.x_factor, self.y_factor, self.n, self.m, self.d, self.scale
@@ -189,7 +195,7 @@ class _Similarity:
         """Whether the shifts lost nothing, row_sum, col_sum, pos."""
         out = torch.empty_like(row_shift), torch.empty_like(col_shift), torch.empty_like(row_shift)
         partials = self.partials(torch.float64)
-        in_range = _ops().sums(*self.args(), *negatives, row_shift, col_shift, *partials, self.dots, *out)
+        in_range = _ops().sums(*self.args(), *negatives, row_shift, col_shift, *partials, *out)
         return in_range, *out
 
     def partials(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -205,37 +211,28 @@ class _Similarity:
             self._empty(_ops().wave_elements(self.n, self.m)),
             self._empty((self.n + self.n % 2) * self.width if self.in_pairs and dy.numel() else 0, self.stored),
             self._empty(turned, self.stored),
-            torch.zeros(self.n if self.in_pairs else 0, dtype=self.dtype),
+            self._empty(self.n if self.in_pairs else 0),
         )
 
     def accumulators(self, needs: list[bool]) -> tuple[Tensor, Tensor]:
-        """Zeros for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
+        """Room for G y^ and G^T x^; empty where neither the gradient nor the scale's needs it."""
         rows = self.n if needs[0] or needs[2] else 0, self.m if needs[1] else 0
-        return tuple(torch.zeros(count * self.width, dtype=self.dtype) for count in rows)
+        return tuple(self._empty(count * self.width) for count in rows)
 
-    def gradients(self, x, y, scale, dx, dy, needs) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of x, y and scale from the accumulated products."""
-        x_side, y_side = self._side(dx, x, needs[0]), self._side(dy, y, needs[1])
+    def gradients(self, x, y, scale, dx, dy, needs, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of x and y in `dtype`, and of scale, from the accumulated products."""
+        x_side, y_side = self._side(dx, x, needs[0], dtype), self._side(dy, y, needs[1], dtype)
         sides = (_rows_contiguous(x), dx, self.x_factor, *x_side, _rows_contiguous(y), dy, self.y_factor, *y_side)
         _ops().finish(self.scale, self.normalize, *sides)
         (grad_x, inner), (grad_y, _) = x_side, y_side
         slope = self.slope[0] if self.slope.numel() else inner.sum()
         return grad_x, grad_y, slope.to(scale.dtype) if needs[2] else scale.new_empty(0)
 
-    def _side(self, dx: Tensor, x: Tensor, want: bool) -> tuple[Tensor, Tensor]:
-        """Room for the gradient in x's dtype (in dx's own memory where it fits), and for <x^, dx> [rows], float64."""
-        in_place = dx.dtype == x.dtype and self.width == self.d
-        grad = x.new_empty(0) if not want else dx.view(len(x), self.d) if in_place else x.new_empty(len(x), self.d)
+    def _side(self, dx: Tensor, x: Tensor, want: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Room for the gradient (in dx's own memory where it fits), and for <x^, dx> [rows], float64."""
+        in_place, shape = dx.dtype == dtype and self.width == self.d, (len(x), self.d) if want else (0,)
+        grad = dx.view(shape) if want and in_place else x.new_empty(shape, dtype=dtype)
         return grad, torch.empty(len(x) if dx.numel() else 0, dtype=torch.float64)
-
-
-def _kept_sizes(n: int, m: int, d: int, panel: int, normalize: bool, stored: torch.dtype) -> list[int]:
-    """Elements of x^ y^T, of both sides' factors, of x^ and of y^ (csrc/cpu/problem.h)."""
-    dots, rows, columns = n * _padded(m, panel), n * _padded(d, panel), _padded(m, panel)
-    if stored != torch.bfloat16:
-        return [dots, 0, 0, rows, columns * d]
-    factors = [_padded(n, panel), columns] if normalize else [0, 0]
-    return [dots, *factors, rows // 2, columns * _padded(d, 2) // 2]  # two in an element
 
 
 def _stored_dtype(x: Tensor, y: Tensor, widen: bool) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastclip.backends.shift import finite_or_zero, fixed_shift, is_one_shift, needs_exact_path
-from fastclip.checks import accumulation_dtype
+from fastclip.checks import accumulation_dtype, early_gradient_dtype
 
 CHUNK_ELEMENTS = 2**21  # elements of one chunk of S: 8 MiB in float32; fewer than eight such chunks are alive at once
 
@@ -97,10 +97,11 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
             row_slope[rows] = G.sum(1)
             G *= row_weight[rows, None]
             _add_products(G, rows, xn, yn, dx if needs[0] or needs[2] else None, dy if needs[1] else None)
+    dtype = early_gradient_dtype(x.dtype)
     return (
         row_loss,
-        _unnormalize(dx * scale, xn, x_length, x.dtype) if needs[0] else x.new_empty(0),
-        _unnormalize(dy * scale, yn, y_length, y.dtype) if needs[1] else y.new_empty(0),
+        _unnormalize(dx * scale, xn, x_length, dtype) if needs[0] else x.new_empty(0, dtype=dtype),
+        _unnormalize(dy * scale, yn, y_length, dtype) if needs[1] else y.new_empty(0, dtype=dtype),
         (xn * dx).sum().to(scale.dtype) if needs[2] else scale.new_empty(0),
         (row_weight * row_slope).sum().to(bias.dtype) if needs[3] else bias.new_empty(0),
     )

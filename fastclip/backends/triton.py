@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+from fastclip.checks import early_gradient_dtype
+
 OLDEST = (3, 6)  # Triton
 MAX_COLUMNS = 2**31 - 2**14  # rows and columns are counted in int32; every offset is int64
 
@@ -96,7 +98,7 @@ def similarity_sums_backward(x, y, scale, positive, row_shift, col_shift, a, b, 
             x, y, S.x, S.y, scale, positive, row_shift, col_shift, a, b, d, S.mask, needs, precision(x),
             configs.workspace(),
         )  # fmt: skip
-        return _or_empty(grads, (x, y, scale))
+        return _or_empty(grads, (x.dtype, y.dtype, scale.dtype), x)
 
 
 def similarity_products(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, x_values, y_values):
@@ -118,11 +120,12 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     with torch.cuda.device_of(x):
         S = _Problem(x, y, normalize, None)
         codes = None if mask.row_ids is None else masked.codes(mask.row_ids, mask.col_ids)
+        dtype = early_gradient_dtype(x.dtype)
         row_loss, *grads = sigmoid.sigmoid_loss(
             x, y, S.x, S.y, scale, bias, positive.contiguous(), row_weight.contiguous(), codes, match_is_positive,
-            needs, precision(x), configs.workspace(),
+            needs, precision(x), configs.workspace(), dtype,
         )  # fmt: skip
-        return row_loss, *_or_empty(grads, (x, y, scale, bias))
+        return row_loss, *_or_empty(grads, (dtype, dtype, scale.dtype, bias.dtype), x)
 
 
 def similarity_ranks(x: Tensor, y: Tensor, scale: Tensor, rows: Tensor, cols: Tensor, normalize: bool):
@@ -148,6 +151,9 @@ class _Problem:
             self.mask = masked.Mask(*masked.codes(mask.row_ids, mask.col_ids), *limits)
 
 
-def _or_empty(grads, like) -> tuple[Tensor, ...]:
-    """The gradients in the dtype of what they belong to; an empty tensor for None."""
-    return tuple(t.new_empty(0) if g is None else g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+def _or_empty(grads, dtypes: tuple[torch.dtype, ...], like: Tensor) -> tuple[Tensor, ...]:
+    """The gradients in these dtypes; an empty tensor for None."""
+    return tuple(
+        like.new_empty(0, dtype=dtype) if grad is None else grad.to(dtype)
+        for grad, dtype in zip(grads, dtypes, strict=True)
+    )

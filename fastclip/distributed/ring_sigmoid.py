@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastclip.distributed.ring import Gradients, blocks
 from fastclip.distributed.shards import Shards
 from fastclip.ops import Mask
+from fastclip.registry import wanted
 
 
 class SigmoidOptions(NamedTuple):
@@ -43,14 +44,15 @@ class _RingSum(torch.autograd.Function):
         tensors = (x, y, scale, bias, row_weight, Mask(row_ids, col_ids))
         row_loss, grads = _round(*tensors, needs, shards, options)
         ctx.save_for_backward(*grads)
+        ctx.dtypes = [tensor.dtype for tensor in (x, y, scale, bias)]
         return (row_weight * row_loss).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         grads = (
-            (upstream * grad).to(grad.dtype) if need else None
-            for grad, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:4], strict=True)
+            (upstream * grad).to(dtype) if need else None
+            for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:4], strict=True)
         )
         return *grads, *(None,) * 6
 
@@ -70,15 +72,16 @@ class _RingRows(torch.autograd.Function):
         *tensors, row_ids, col_ids = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:4])
         grads = _round(*tensors, upstream, Mask(row_ids, col_ids), needs, *ctx.options)[1]
-        return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *(None,) * 5
+        found = (grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True))
+        return *wanted(list(found), needs), *(None,) * 5
 
 
 def _round(
     x, y, scale, bias, row_weight, mask: Mask, needs: list[bool], shards: Shards, options: SigmoidOptions
 ) -> tuple[Tensor, list[Tensor]]:
-    """Once round the ring: each row's loss [n_r], float64, and the gradients; an empty tensor where `needs` says no."""
+    """Once round the ring: each row's loss [n_r], float64, and the gradients as the operator returns them."""
     row_loss, dy = scale.new_zeros(len(x), dtype=torch.float64), Gradients(shards)
-    dx = torch.zeros_like(x, dtype=scale.dtype) if needs[0] else x.new_empty(0)
+    dx = torch.zeros_like(x, dtype=scale.dtype) if needs[0] else scale.new_empty(0)
     dscale, dbias = torch.zeros_like(scale), torch.zeros_like(bias)
     for block in blocks(y, shards):
         of_block = mask if mask.row_ids is None else Mask(mask.row_ids, mask.col_ids[block.cols])
@@ -90,7 +93,7 @@ def _round(
                 total += grad
         if needs[1]:
             dy.add(grads[1])
-    return row_loss, [dx.to(x.dtype), dy.home() if needs[1] else y.new_empty(0), dscale, dbias]
+    return row_loss, [dx, dy.home() if needs[1] else scale.new_empty(0), dscale, dbias]
 
 
 def _own_block(x, y, scale, bias, row_weight, mask: Mask, needs, options: SigmoidOptions) -> tuple[Tensor, ...]:

@@ -80,7 +80,6 @@ def test_no_n_by_n_tensor_is_made(stock, fast):
 def test_memory_kept_for_backward_is_linear_where_hugging_faces_is_not(stock, fast):
     def extra(model) -> int:
         """Bytes beyond two batches of half: what grows faster than the batch, less what does not grow with it."""
-        # Above the number of pairs that the CPU kernels may keep (backends/cpu.py, KEPT_ENTRIES).
         many, few = (saved_bytes(lambda n=n: model(**batch(n), return_loss=True).loss) for n in (22 * N, 11 * N))
         return many - 2 * few
 
