@@ -7,7 +7,7 @@ text j. Equations: docs/math.md.
 import torch
 from torch import Tensor
 
-from fastclip import checks, distributed, ops, sigmoid, small
+from fastclip import checks, distributed, ops, plain, sigmoid
 from fastclip.softmax import (
     Gaps,
     LossStats,
@@ -88,9 +88,9 @@ def clip_loss(
         return distributed.clip_loss(checked, group, reduction, return_stats)
     image, text, scale, weight, ids, options = checked()
 
-    plain = ids is None and not return_stats and reduction != "none" and options == Options(normalize, backend=backend)
-    if plain and small.serves(image, weight, backend):
-        return small.clip_loss(image, text, scale, weight, reduction == "mean", normalize, backend)
+    is_plain = options == Options(normalize, backend=backend) and ids is None and reduction != "none"
+    if is_plain and not return_stats and plain.serves(image, weight, backend):
+        return plain.clip_loss(image, text, scale, weight, reduction == "mean", normalize, backend)
     pairs = gaps(image, text, scale, None, options, ids, ids)
     losses = symmetric_cross_entropy(pairs)
     if has_soft_targets(options, ids):

@@ -10,7 +10,7 @@ import torch
 from cases import BACKENDS
 from hypothesis import settings
 
-from fastclip import small
+from fastclip import plain
 
 # Bounded and repeatable: the same examples on every machine, and no deadline on one that is busy.
 settings.register_profile("fastclip", max_examples=40, deadline=None, derandomize=True)
@@ -33,12 +33,12 @@ def pytest_runtest_setup(item):
     torch.manual_seed(seed)
 
 
-@pytest.fixture(params=[*BACKENDS, *(["cpu-large"] if "cpu" in BACKENDS else [])])
+@pytest.fixture(params=[*BACKENDS, *(["cpu-graph"] if "cpu" in BACKENDS else [])])
 def backend(request, monkeypatch) -> str:
-    """Each backend that can run on this machine; the C++ kernels twice, once with every batch taken for a large one."""
-    if request.param == "cpu-large":
-        monkeypatch.setattr(small, "MOST_PAIRS", 0)
-    return request.param.removesuffix("-large")
+    """Each backend that can run on this machine; the C++ kernels twice, once without their way for the plain loss."""
+    if request.param == "cpu-graph":
+        monkeypatch.setattr(plain, "serves", lambda *args: False)
+    return request.param.removesuffix("-graph")
 
 
 @pytest.fixture(autouse=True)

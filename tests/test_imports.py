@@ -40,7 +40,7 @@ LEVELS = {
     "metrics": 3,
     "ops": 2,
     "sigmoid": 2,
-    "small": 2,
+    "plain": 2,
     "registry": 2,
     "backends": 1,
     "errors": 0,

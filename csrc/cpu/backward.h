@@ -167,8 +167,8 @@ static auto weigh_wave(const Gradients<P>& p, const Wave<P>& wave) {
     double slope = 0.0;
     for (int64_t panel = j * kPanels; panel < smaller((j + 1) * kPanels, ceil_div(p.S.M, W)); ++panel) {
       Real<P>* out = panel_of(wave, i, j, (panel - j * kPanels) * rows * W, scratch);
-      const Real<P>* dots = p.dots ? p.dots + panel_index(p.S, i, panel) : out;
-      if (!p.dots) dot_panel(p.S, i, panel, out);
+      const Real<P>* dots = i < p.kept_blocks ? p.dots + panel_index(p.S, i, panel) : out;
+      if (dots == out) dot_panel(p.S, i, panel, out);
       const auto weigh = p.S.one_shift ? weigh_panel<P, true> : weigh_panel<P, false>;
       slope += weigh(p, i * kBlock, rows, panel * W, dots, out);
       store_panel(p, wave, i, j, panel, out);

@@ -1,8 +1,10 @@
-// The CLIP loss of a batch whose similarities fit in the caches: value and gradients in one call, x^ y^T made once.
+// The CLIP loss, value and gradients in one call: what a bounded workspace holds of x^ y^T is made once, the rest twice.
 //
-// The kernels are the operators' own. What PyTorch does between them for a large batch, O(N) of it (math.md, eq. 3, 4
-// and 6), is a loop here: the many small steps of a graph would take longer than the kernels.
+// The kernels are the operators' own. What PyTorch does between them otherwise, O(N) of it (math.md, eq. 3, 4 and 6), is
+// a loop here: for a small batch the many small steps of a graph would take longer than the kernels.
 #pragma once
+#include <numeric>
+
 #include "arguments.h"
 #include "shift.h"
 
@@ -36,36 +38,47 @@ struct ClipLoss {
   bool mean;
 };
 
+// Which gradients are wanted, of x also for the scale's, and which of them are not summed where they will lie. workspace:
+// bytes of x^ y^T to keep.
+struct ClipWants {
+  bool dx, dy, scratch_dx, scratch_dy;
+  int64_t workspace;
+};
+
 // Scratch of one ClipLoss; the names are those of the problems (problem.h) that it is carved out for.
 template <class P>
 struct ClipScratch {
   typedef Real<P> T;
-  int64_t n, width, row_groups, col_groups;
+  int64_t n, width, kept_blocks, row_groups, col_groups;
   T *x_length, *y_length, *x_factor, *y_factor;
   Stored<P>*x_rows, *y_columns, *x_pairs, *y_wave;
   T *dots, *wave, *dx, *dy;
   int64_t* positive;
   T *row_shift, *col_shift, *row_sum, *col_sum, *pos, *a, *b, *d, *positive_g;
-  double *row_partial, *col_partial, *x_inner, *y_inner, *slope;
+  double *row_partial, *col_partial, *inner, *slope;
 
-  ClipScratch(Carver& room, int64_t rows, int64_t D, bool normalize) {
+  ClipScratch(Carver& room, int64_t rows, int64_t D, bool normalize, const ClipWants& wants) {
     const int64_t W = kernels<P>().panel;
     constexpr int64_t kPair = Precision<P>::kPair;
-    const bool apart = kPair > 1;
+    const bool apart = kPair > 1, gradients = wants.dx || wants.dy;
     n = rows, width = padded(D, W), row_groups = fastclip::row_groups(n), col_groups = fastclip::col_groups(n);
     x_length = room.take<T>(n), y_length = room.take<T>(n);
     x_factor = apart && normalize ? room.take<T>(padded(n, W)) : nullptr;
     y_factor = apart && normalize ? room.take<T>(padded(n, W)) : nullptr;
     x_rows = room.take<Stored<P>>(n * width), y_columns = room.take<Stored<P>>(padded(n, W) * padded(D, kPair));
-    x_pairs = apart ? room.take<Stored<P>>(padded(n, 2) * width) : nullptr;
-    y_wave = room.take<Stored<P>>(y_wave_elements(n, D, sizeof(T) == 8));
-    dots = room.take<T>(n * padded(n, W)), wave = room.take<T>(wave_elements(n, n));
-    dx = room.take<T>(n * width), dy = room.take<T>(n * width);
+    x_pairs = apart && wants.dy ? room.take<Stored<P>>(padded(n, 2) * width) : nullptr;
+    y_wave = wants.dx ? room.take<Stored<P>>(y_wave_elements(n, D, sizeof(T) == 8)) : nullptr;
+    wave = gradients ? room.take<T>(wave_elements(n, n)) : nullptr;
+    dx = wants.scratch_dx ? room.take<T>(n * width) : nullptr;
+    dy = wants.scratch_dy ? room.take<T>(n * width) : nullptr;
+    const int64_t kept_rows = std::min(n, gradients ? wants.workspace / int64_t(sizeof(T)) / padded(n, W) : 0);
+    kept_blocks = (kept_rows == n ? n + kBlock - 1 : kept_rows) / kBlock;
+    dots = room.take<T>(std::min(n, kept_blocks * kBlock) * padded(n, W));
     positive = room.take<int64_t>(n);
     for (T** vector : {&row_shift, &col_shift, &row_sum, &col_sum, &pos, &a, &b, &d}) *vector = room.take<T>(n);
-    positive_g = apart ? room.take<T>(n) : nullptr;
+    positive_g = apart && gradients ? room.take<T>(n) : nullptr;
     row_partial = room.take<double>(col_groups * n), col_partial = room.take<double>(row_groups * n);
-    x_inner = room.take<double>(n), y_inner = room.take<double>(n);
+    inner = apart ? nullptr : room.take<double>(n);
     slope = apart ? room.take<double>(1 + kWave * kWave) : nullptr;
   }
 };
@@ -74,8 +87,16 @@ struct ClipScratch {
 template <class P>
 void sums_of(Similarity<P>& S, const ClipScratch<P>& room, double largest) {
   typedef Real<P> T;
-  Sums<P> p = {S,           room.dots,        room.row_groups, room.col_groups, room.row_partial,
-               room.col_partial, room.row_sum, room.col_sum,    room.pos};
+  Sums<P> p = {S,
+               room.dots,
+               room.kept_blocks,
+               room.row_groups,
+               room.col_groups,
+               room.row_partial,
+               room.col_partial,
+               room.row_sum,
+               room.col_sum,
+               room.pos};
   const auto run = [&](bool one_shift) {
     S.one_shift = one_shift;
     p.S = S;
@@ -133,33 +154,46 @@ double weigh_pairs(const ClipLoss<P>& loss, const ClipScratch<P>& room) {
   return total;
 }
 
-// Returns the loss; writes the gradients of it that are asked for: grad_x and grad_y as finish's `grad`, null where
-// not wanted.
+// The largest length; NaN where there is one.
+template <class T>
+double largest(const T* length, int64_t count) {
+  T found = length[0];
+  for (int64_t i = 1; i < count; ++i) found = length[i] <= found || std::isnan(found) ? found : length[i];
+  return double(found);
+}
+
+// Returns the loss and writes its gradients through `x` and `y`, what the kernels shall finish: those whose dx is null
+// are not wanted. grad_scale null: not wanted.
 template <class P>
 double loss_and_gradients(const ClipLoss<P>& loss, const ClipScratch<P>& room, Finish<Real<P>> x, Finish<Real<P>> y,
-                 Real<P>* grad_scale) {
+                          Real<P>* grad_scale) {
   typedef Real<P> T;
   const int64_t n = room.n, D = loss.x.width;
   const Pack<P> of_x = {loss.x, loss.normalize, room.x_length, room.x_rows, nullptr, room.x_factor};
   const Pack<P> of_y = {loss.y, loss.normalize, room.y_length, nullptr, room.y_columns, room.y_factor};
   kernels<P>().pack(of_x, of_y, for_elements(2 * n * D));
-  for (int64_t i = 0; i < n; ++i) room.positive[i] = i;
-
-  Similarity<P> S = {n, n, D, room.x_rows, room.y_columns, room.x_factor, room.y_factor, T(loss.scale), room.positive,
-                     nullptr, nullptr, true, {}};
-  const auto largest = [&](const T* length) {
-    T found = length[0];
-    for (int64_t i = 1; i < n; ++i) found = length[i] <= found ? found : length[i];  // NaN stays
-    return double(found);
-  };
-  sums_of(S, room, loss.normalize ? 1.0 : largest(room.x_length) * largest(room.y_length));
+  std::iota(room.positive, room.positive + n, 0);
+  Similarity<P> S = {n,
+                     n,
+                     D,
+                     room.x_rows,
+                     room.y_columns,
+                     room.x_factor,
+                     room.y_factor,
+                     T(loss.scale),
+                     room.positive,
+                     nullptr,
+                     nullptr,
+                     true,
+                     {}};
+  sums_of(S, room, loss.normalize ? 1.0 : largest(room.x_length, n) * largest(room.y_length, n));
   const double value = weigh_pairs(loss, room);
+  if (!x.dx && !y.dx) return value;
 
-  const bool wants_dx = x.grad || grad_scale, wants_dy = y.grad;
-  if (!wants_dx && !wants_dy) return value;
   if (room.slope) room.slope[0] = 0.0;
   const Gradients<P> gradients = {S,
                                   room.dots,
+                                  room.kept_blocks,
                                   room.x_rows,
                                   nullptr,
                                   D,
@@ -170,20 +204,12 @@ double loss_and_gradients(const ClipLoss<P>& loss, const ClipScratch<P>& room, F
                                   room.x_pairs,
                                   room.y_wave,
                                   room.positive_g,
-                                  wants_dx ? x.dx : nullptr,
-                                  wants_dy ? y.dx : nullptr,
+                                  x.dx,
+                                  y.dx,
                                   room.slope};
   kernels<P>().gradients(gradients, parallel_for);
-  if (!grad_scale || room.slope) x.inner = nullptr;
-  y.inner = nullptr;
-  if (!wants_dx) x = {};
-  if (!wants_dy) y = {};
   kernels<P>().finish(x, y, for_elements((x.x.rows + y.x.rows) * D));
-  if (grad_scale) {
-    double slope = room.slope ? room.slope[0] : 0.0;
-    for (int64_t i = 0; !room.slope && i < n; ++i) slope += x.inner[i];
-    *grad_scale = T(slope);
-  }
+  if (grad_scale) *grad_scale = T(room.slope ? room.slope[0] : std::accumulate(x.inner, x.inner + n, 0.0));
   return value;
 }
 

@@ -87,7 +87,7 @@ static void sum_task(const Sums<P>& p, const Task& t) {
     for (int64_t first = t.first_panel; first < t.last_panel; first += kFlush) {
       for (int64_t i = 0; i < rows * L::kLanes; ++i) row_lanes[i] = T(0);
       for (int64_t panel = first; panel < smaller(first + kFlush, t.last_panel); ++panel) {
-        T* dots = p.dots ? p.dots + panel_index(S, block, panel) : scratch;
+        T* dots = block < p.kept_blocks ? p.dots + panel_index(S, block, panel) : scratch;
         dot_panel(S, block, panel, dots);
         const auto sum = S.one_shift ? sum_panel<P, true> : sum_panel<P, false>;
         sum(p, i0, rows, panel * W, dots, row_lanes, col_partial);

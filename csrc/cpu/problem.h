@@ -98,12 +98,12 @@ struct Similarity {
 };
 
 // row_partial [row_groups' columns side: col_groups, N], col_partial [row_groups, M]: scratch, double.
-// dots: x^ y^T, kept for the gradients of a small problem: blocks of rows, each panelled [block rows, M]; null: not kept.
+// dots: x^ y^T of the first kept_blocks blocks of rows, each panelled [block rows, M], for the gradients to use again.
 template <class P>
 struct Sums {
   Similarity<P> S;
   Real<P>* dots;
-  int64_t row_groups, col_groups;
+  int64_t kept_blocks, row_groups, col_groups;
   double *row_partial, *col_partial;
   Real<P>*row_sum, *col_sum, *pos;
 };
@@ -130,8 +130,8 @@ struct Ranks {
 // dx = G Y and dy = G^T X with G_ij = exp(S_ij - shift) (a_i + b_j), and G_{i, positive_i} = d_i (math.md, eq. 6).
 // X [N, width] and Y [M, width] are laid out as x_rows is: x^ and y^ themselves for the loss's gradients. Y null: y^,
 // whose rows are taken from y_columns a wave at a time. wave: room for kWave x kWave blocks of G. y_wave: for kWave
-// blocks of Y's rows. dx, dy: row-major [., padded width]; null where it is not wanted. dots: what Sums kept,
-// or null: it is computed again.
+// blocks of Y's rows. dx, dy: row-major [., padded width]; null where it is not wanted. dots: what Sums
+// kept of x^ y^T; the rest of it is computed again.
 //
 // With Bf16Dot, X and Y are x^ and y^, x_pairs is room for X's rows side by side, positive_g [N], and row i of
 // dx and dy comes without its x_factor or y_factor: G is stored times both factors, which serves both products. slope
@@ -140,6 +140,7 @@ template <class P>
 struct Gradients {
   Similarity<P> S;
   const Real<P>* dots;
+  int64_t kept_blocks;
   const Stored<P>*X, *Y;
   int64_t width;
   const Real<P>*a, *b, *d;

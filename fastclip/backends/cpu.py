@@ -8,6 +8,7 @@ bfloat16 features are multiplied as they are where the processor has the instruc
 """
 
 import functools
+import os
 import threading
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
 from pathlib import Path
@@ -21,7 +22,9 @@ from fastclip.checks import accumulation_dtype, early_gradient_dtype
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
+DEFAULT_WORKSPACE_MIB = 64
 KEPT_BYTES = 2**23  # of scratch that a thread holds on to
+LARGE_BYTES = 2**22  # from here on a buffer asks for pages of 2 MiB
 
 DEVICE = "cpu"
 
@@ -92,17 +95,27 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs, early_gradient_dtype(x.dtype)), grad_bias
 
 
+def workspace() -> int:
+    """Bytes of similarities that clip_loss may hold for its gradients: $FASTCLIP_WORKSPACE_MIB, 64 by default."""
+    return int(os.environ.get("FASTCLIP_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
+
+
+def gives_gradients(x: Tensor) -> bool:
+    """Whether clip_loss is worth its room: it holds a quarter of the similarities of x's batch in float32, or more."""
+    return len(x) ** 2 <= workspace()
+
+
 def clip_loss(x, y, scale, weight, mean, normalize, needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator's contract: small.py."""
+    """The operator's contract: plain.py."""
     loss = scale.new_empty(())
     grads = [
-        tensor.new_empty(tensor.shape if need else (0,), dtype=early_gradient_dtype(tensor.dtype))
+        _new(tensor.shape if need else (0,), early_gradient_dtype(tensor.dtype))
         for tensor, need in zip((x, y, scale), needs, strict=True)
     ]
     x, y = _rows_contiguous(x), _rows_contiguous(y)
-    scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize))
+    scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize, workspace(), *grads))
     weight = scale.new_empty(0) if weight is None else weight.contiguous()
-    _ops().clip_loss(x, y, float(scale), weight, mean, normalize, scratch, loss, *grads)
+    _ops().clip_loss(x, y, float(scale), weight, mean, normalize, workspace(), scratch, loss, *grads)
     return loss, *grads
 
 
@@ -130,9 +143,9 @@ class _Scratch(threading.local):
     def of(self, count: int) -> Tensor:
         """At least `count` bytes."""
         if count > KEPT_BYTES:
-            return torch.empty(count, dtype=torch.uint8)
+            return _new(count, torch.uint8)
         if self.buffer is None or len(self.buffer) < count:
-            self.buffer = torch.empty(count, dtype=torch.uint8)
+            self.buffer = _new(count, torch.uint8)
         return self.buffer
 
 
@@ -176,7 +189,7 @@ class _Similarity:
         return self.x, self.y_columns, self.x_factor, self.y_factor, self.n, self.m, self.d, self.scale
 
     def _empty(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
-        return torch.empty(count, dtype=dtype or self.dtype)
+        return _new(count, dtype or self.dtype)
 
     def sums(self, negatives: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """row_sum, col_sum, row_shift, col_shift, pos; negatives: the positives' columns and the mask."""
@@ -231,8 +244,16 @@ class _Similarity:
     def _side(self, dx: Tensor, x: Tensor, want: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Room for the gradient (in dx's own memory where it fits), and for <x^, dx> [rows], float64."""
         in_place, shape = dx.dtype == dtype and self.width == self.d, (len(x), self.d) if want else (0,)
-        grad = dx.view(shape) if want and in_place else x.new_empty(shape, dtype=dtype)
+        grad = dx.view(shape) if want and in_place else _new(shape, dtype)
         return grad, torch.empty(len(x) if dx.numel() else 0, dtype=torch.float64)
+
+
+def _new(shape, dtype: torch.dtype) -> Tensor:
+    """torch.empty; where it is large, on large pages if the system has them."""
+    buffer = torch.empty(shape, dtype=dtype)
+    if buffer.nbytes >= LARGE_BYTES:
+        _ops().expect_large_pages(buffer)
+    return buffer
 
 
 def _stored_dtype(x: Tensor, y: Tensor, widen: bool) -> torch.dtype:

@@ -13,6 +13,7 @@ ADAMW = 8  # two float32 moments a weight
 FLOAT, INT64 = 4, 8
 GPU_WORKSPACE = 512 * 2**20  # of the Triton kernels, at most (kernels/configs.py)
 CPU_WORKSPACE = 16 * 2**20  # of the C++ kernels (backends/cpu.py)
+CPU_KEPT = 64 * 2**20  # what they keep of the similarities, at most; none where that is under a quarter
 CPU_VECTORS = 4 * 8  # sums, shifts and gaps of a row or column, float64
 
 
@@ -77,12 +78,13 @@ def _activations(setting: Setting) -> float:
 
 
 def _loss(setting: Setting) -> float:
-    """Above the features and their gradients. Nothing here grows with N^2."""
+    """Above the features and their gradients. Nothing here grows with N^2 for long."""
     n, world, width, b = setting.rows, setting.gpus, setting.model.embed_dim, setting.number
     columns = setting.batch if setting.loss_mode == "gather" else n
     if setting.on_cpu:
         # Both sides packed; the gradients are made in place.
-        return FLOAT * width * (n + columns) + CPU_VECTORS * (n + columns) + CPU_WORKSPACE
+        kept = min(FLOAT * n**2, CPU_KEPT) if world == 1 and n**2 <= CPU_KEPT else 0
+        return FLOAT * width * (n + columns) + CPU_VECTORS * (n + columns) + CPU_WORKSPACE + kept
     # Normalised copies of both sides, and dy in float32 before it is rounded.
     bytes_ = b * width * (n + columns) + FLOAT * width * columns
     if world > 1 and setting.loss_mode == "gather":

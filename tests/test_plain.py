@@ -1,15 +1,14 @@
-"""The CLIP loss of a small batch in one call (fastclip/small.py); what takes the fixture `backend` tests it too."""
+"""The CLIP loss without options in one call (fastclip/plain.py); what takes the fixture `backend` tests it too."""
 
 import pytest
 import torch
-from cases import SIZES, assert_close, features, truth, value_and_grads
+from cases import SIZES, assert_close, features, value_and_grads
 
-from fastclip import available_backends, clip_loss, siglip_loss, small
+from fastclip import available_backends, clip_loss, plain, siglip_loss
 from fastclip.backends import cpu
+from fastclip.checks import accumulation_dtype
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="only the C++ kernels offer it")
-
-LARGEST = 1448  # 1448^2 <= MOST_PAIRS < 1449^2
 
 
 @pytest.fixture
@@ -21,10 +20,11 @@ def calls(monkeypatch) -> list:
     return seen
 
 
-def test_which_batches_are_small(calls):
-    for n in (1, LARGEST, LARGEST + 1):
-        clip_loss(*features(n, 2), 5.0, backend="cpu")
-    assert [len(args[0]) for args in calls] == [1, LARGEST]
+def test_what_it_computes(calls):
+    for options in ({}, {"normalize": False}, {"reduction": "sum"}, {"weight": torch.ones(5)}):
+        clip_loss(*features(5, 3), 5.0, backend="cpu", **options)
+    assert [args[3:6] for args in calls[:3]] == [(None, True, True), (None, True, False), (None, False, True)]
+    assert len(calls) == 4
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,36 @@ def test_both_ways_give_the_same(monkeypatch, size, scale, dtype):
     for options in ({}, {"normalize": False}, {"reduction": "sum"}, {"weight": weight}):
         if not options.get("normalize", True):
             image, text = 0.3 * image, 0.3 * text
-        results = []
-        for most in (small.MOST_PAIRS, 0):
-            monkeypatch.setattr(small, "MOST_PAIRS", most)
-            results.append(value_and_grads(clip_loss, image, text, scale, backend="cpu", **options))
-            monkeypatch.undo()
-        assert_close(*results, dtype, ulps=32 if dtype in (torch.float32, torch.float64) else 2)
+        together = value_and_grads(clip_loss, image, text, scale, backend="cpu", **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(plain, "serves", lambda *args: False)
+            apart = value_and_grads(clip_loss, image, text, scale, backend="cpu", **options)
+        assert_close(together, apart, dtype, ulps=32 if dtype in (torch.float32, torch.float64) else 2)
 
 
-def test_the_largest_small_batch():
-    image, text = features(LARGEST, 17)
-    assert_close(value_and_grads(clip_loss, image, text, 20.0, backend="cpu"), truth(image, text, 20.0), torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [7, 512, 513, 1930], ids=["all", "all-that-fits", "some", "none-and-two-waves"])
+def test_what_is_kept_of_the_similarities_changes_no_bit(monkeypatch, n, dtype):
+    """1 MiB holds 512 x 512 of them in float32."""
+    image, text = features(n, 9, "cpu", dtype)
+    scale = torch.tensor(20.0, dtype=accumulation_dtype(dtype))
+    results = []
+    for mib in ("0", "1", "64"):
+        monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", mib)
+        args = (image, text, scale, None, True, True, [True] * 3, "cpu")
+        results.append(torch.ops.fastclip.clip_loss(*args))
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+def test_a_batch_is_taken_if_a_quarter_of_its_similarities_is_kept(calls, monkeypatch):
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "1")
+    for n in (1024, 1025):
+        clip_loss(*features(n, 2), 5.0, backend="cpu")
+    assert [len(args[0]) for args in calls] == [1024]
+    monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "0")
+    clip_loss(*features(2, 2), 5.0, backend="cpu")
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,7 +1,8 @@
-"""The CLIP loss of a small batch, in one call: schema, fake kernel and autograd.
+"""The CLIP loss without options, in one call: schema, fake kernel and autograd.
 
-Where the N x N similarities fit in the processor's caches, the graph around similarity_sums (softmax.py) takes as long
-as its kernels. A backend may offer `clip_loss`: value and gradients together, the similarities made once and dropped.
+A backend may offer `clip_loss`, value and gradients together, and say with `gives_gradients` for which batches: for a
+small one the graph around similarity_sums (softmax.py) takes as long as its kernels, and what a bounded workspace holds
+of the similarities is made only once.
 
 Legend: x, y [N, D] paired features; scale 0-d; weight [N], a constant.
 """
@@ -12,15 +13,13 @@ from torch import Tensor
 from fastclip import backends
 from fastclip.registry import early_or_empty, register, same_device, scaled, wanted, with_signature
 
-# Pairs of a batch that is small: 8 MiB of similarities in float32.
-MOST_PAIRS = 2**21
-
 
 def serves(x: Tensor, weight: Tensor | None, backend: str | None) -> bool:
-    """Whether clip_loss below runs this batch. A compiled graph has no small steps to save: it takes the other way."""
-    if len(x) ** 2 > MOST_PAIRS or torch.compiler.is_compiling() or (weight is not None and weight.requires_grad):
+    """Whether clip_loss below runs this batch. torch.compile cannot look into the choice of a backend, nor needs to."""
+    if torch.compiler.is_compiling() or (weight is not None and weight.requires_grad):
         return False
-    return hasattr(backends.choose(x, backend or ""), "clip_loss")
+    chosen = backends.choose(x, backend or "")
+    return hasattr(chosen, "gives_gradients") and chosen.gives_gradients(x)
 
 
 def clip_loss(
