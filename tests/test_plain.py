@@ -78,11 +78,22 @@ def test_what_is_kept_of_the_similarities_changes_no_bit(monkeypatch, n, dtype):
         assert all(map(torch.equal, other, results[0]))
 
 
-def test_a_batch_is_taken_if_a_quarter_of_its_similarities_is_kept(calls, monkeypatch):
+@pytest.mark.parametrize(
+    ("n", "d", "rows"), [(1448, 2, 1448), (4096, 1024, 4096), (4096, 512, 2048), (8192, 512, 2048), (16384, 512, 1024)]
+)
+def test_how_much_of_the_similarities_is_kept(n, d, rows):
+    """All of a small batch, at most 4 D columns' worth and 64 MiB of others."""
+    x = torch.empty(n, d)
+    assert cpu.kept_rows(x) == rows
+    assert 4 * rows * n <= 64 * 2**20
+    assert plain.serves(x, None, "cpu") and not plain.serves(torch.empty(16385, 512), None, "cpu")
+
+
+def test_a_batch_is_taken_if_a_sixteenth_of_its_similarities_is_kept(calls, monkeypatch):
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "1")
-    for n in (1024, 1025):
+    for n in (2048, 2049):
         clip_loss(*features(n, 2), 5.0, backend="cpu")
-    assert [len(args[0]) for args in calls] == [1024]
+    assert [len(args[0]) for args in calls] == [2048]
     monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "0")
     clip_loss(*features(2, 2), 5.0, backend="cpu")
     assert len(calls) == 1

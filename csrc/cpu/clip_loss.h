@@ -38,11 +38,11 @@ struct ClipLoss {
   bool mean;
 };
 
-// Which gradients are wanted, of x also for the scale's, and which of them are not summed where they will lie. workspace:
-// bytes of x^ y^T to keep.
+// Which gradients are wanted, of x also for the scale's, and which of them are not summed where they will lie. kept_rows:
+// of x^ y^T, whole blocks of them.
 struct ClipWants {
   bool dx, dy, scratch_dx, scratch_dy;
-  int64_t workspace;
+  int64_t kept_rows;
 };
 
 // Scratch of one ClipLoss; the names are those of the problems (problem.h) that it is carved out for.
@@ -71,8 +71,7 @@ struct ClipScratch {
     wave = gradients ? room.take<T>(wave_elements(n, n)) : nullptr;
     dx = wants.scratch_dx ? room.take<T>(n * width) : nullptr;
     dy = wants.scratch_dy ? room.take<T>(n * width) : nullptr;
-    const int64_t kept_rows = std::min(n, gradients ? wants.workspace / int64_t(sizeof(T)) / padded(n, W) : 0);
-    kept_blocks = (kept_rows == n ? n + kBlock - 1 : kept_rows) / kBlock;
+    kept_blocks = gradients ? (wants.kept_rows < n ? wants.kept_rows : n + kBlock - 1) / kBlock : 0;
     dots = room.take<T>(std::min(n, kept_blocks * kBlock) * padded(n, W));
     positive = room.take<int64_t>(n);
     for (T** vector : {&row_shift, &col_shift, &row_sum, &col_sum, &pos, &a, &b, &d}) *vector = room.take<T>(n);

@@ -197,20 +197,20 @@ void with_precision_of(const Tensor& x, const F& f) {
 
 // An empty gradient is not wanted. One in the type that sums are made in, and without padding, is summed in place.
 template <class P>
-ClipWants wants(int64_t d, int64_t workspace, const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_scale) {
+ClipWants wants(int64_t d, int64_t kept_rows, const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_scale) {
   const auto in_place = [d](const Tensor& grad) {
     const Element element = element_of(grad);
     return grad.numel() && element != Element::bf16 && element != Element::f16 && d % kernels<P>().panel == 0;
   };
   const bool dx = grad_x.numel() || grad_scale.numel(), dy = grad_y.numel();
-  return {dx, dy, dx && !in_place(grad_x), dy && !in_place(grad_y), workspace};
+  return {dx, dy, dx && !in_place(grad_x), dy && !in_place(grad_y), kept_rows};
 }
 
-int64_t clip_loss_bytes(Tensor x, bool normalize, int64_t workspace, Tensor grad_x, Tensor grad_y, Tensor grad_scale) {
+int64_t clip_loss_bytes(Tensor x, bool normalize, int64_t kept_rows, Tensor grad_x, Tensor grad_y, Tensor grad_scale) {
   Carver room;
   with_precision_of(x, [&](auto precision) {
     typedef decltype(precision) P;
-    const ClipWants want = wants<P>(x.size(1), workspace, grad_x, grad_y, grad_scale);
+    const ClipWants want = wants<P>(x.size(1), kept_rows, grad_x, grad_y, grad_scale);
     ClipScratch<P>(room, x.size(0), x.size(1), normalize, want);
   });
   return room.bytes();
@@ -228,16 +228,16 @@ Finish<Real<P>> clip_side(const Tensor& x, const Tensor& grad, Real<P>* scratch,
 }
 
 // An empty weight is 1 for every pair.
-void clip_loss(Tensor x, Tensor y, double scale, Tensor weight, bool mean, bool normalize, int64_t workspace,
+void clip_loss(Tensor x, Tensor y, double scale, Tensor weight, bool mean, bool normalize, int64_t kept_rows,
                Tensor scratch, Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_scale) {
   const int64_t n = x.size(0), d = x.size(1);
   STD_TORCH_CHECK(y.size(0) == n && y.size(1) == d, "x and y must have the same shape");
-  const int64_t bytes = clip_loss_bytes(x, normalize, workspace, grad_x, grad_y, grad_scale);
+  const int64_t bytes = clip_loss_bytes(x, normalize, kept_rows, grad_x, grad_y, grad_scale);
   Carver room(data<uint8_t>(scratch, bytes, "scratch"));
   with_precision_of(x, [&](auto precision) {
     typedef decltype(precision) P;
     typedef Real<P> T;
-    const ClipWants want = wants<P>(d, workspace, grad_x, grad_y, grad_scale);
+    const ClipWants want = wants<P>(d, kept_rows, grad_x, grad_y, grad_scale);
     const ClipScratch<P> s(room, n, d, normalize, want);
     const ClipLoss<P> p = {features(x), features(y), normalize, scale,
                            weight.numel() ? data<T>(weight, n, "weight") : nullptr, mean};
@@ -268,9 +268,9 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("panel(bool is_double) -> int");
   m.def("has_bf16_dot() -> bool");
   m.def("expect_large_pages(Tensor(a!) buffer) -> ()");
-  m.def("clip_loss_bytes(Tensor x, bool normalize, int workspace, Tensor grad_x, Tensor grad_y, Tensor grad_scale) -> int");
+  m.def("clip_loss_bytes(Tensor x, bool normalize, int kept_rows, Tensor grad_x, Tensor grad_y, Tensor grad_scale) -> int");
   m.def(
-      "clip_loss(Tensor x, Tensor y, float scale, Tensor weight, bool mean, bool normalize, int workspace,"
+      "clip_loss(Tensor x, Tensor y, float scale, Tensor weight, bool mean, bool normalize, int kept_rows,"
       " Tensor(a!) scratch, Tensor(b!) loss, Tensor(c!) grad_x, Tensor(d!) grad_y, Tensor(e!) grad_scale) -> ()");
   m.def("wave_elements(int n, int m) -> int");
   m.def("y_wave_elements(int m, int d, bool is_double) -> int");

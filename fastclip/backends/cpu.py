@@ -1,8 +1,8 @@
 """The C++ kernels (csrc/cpu) on CPU tensors: allocates the buffers, calls the passes in order.
 
 Legend: x [N, D], y [M, D]. rows, columns: a matrix in the panels the kernels read (csrc/cpu/simd.h).
-Workspace: a packed copy of each side's features, 14 MiB for a wave of G and 1920 rows of y^, and partial sums of at
-most 32 (N + M) float64. No result depends on the number of threads.
+Workspace: a packed copy of each side's features, 14 MiB for a wave of G and 1920 rows of y^, partial sums of at most 32
+(N + M) float64, and in clip_loss at most 64 MiB of similarities. No result depends on the number of threads.
 
 bfloat16 features are multiplied as they are where the processor has the instruction, and widened to float32 elsewhere.
 """
@@ -22,7 +22,8 @@ from fastclip.checks import accumulation_dtype, early_gradient_dtype
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
-DEFAULT_WORKSPACE_MIB = 64
+DEFAULT_WORKSPACE_MIB = 64  # of similarities that clip_loss keeps for its gradients
+SMALL_PAIRS = 2**21  # of a batch whose similarities are all kept, whatever its width
 KEPT_BYTES = 2**23  # of scratch that a thread holds on to
 LARGE_BYTES = 2**22  # from here on a buffer asks for pages of 2 MiB
 
@@ -95,14 +96,20 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
     return loss.to(S.dtype), *S.gradients(x, y, scale, dx, dy, needs, early_gradient_dtype(x.dtype)), grad_bias
 
 
-def workspace() -> int:
-    """Bytes of similarities that clip_loss may hold for its gradients: $FASTCLIP_WORKSPACE_MIB, 64 by default."""
-    return int(os.environ.get("FASTCLIP_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
+def kept_rows(x: Tensor) -> int:
+    """How many rows of the N x N similarities clip_loss holds for its gradients.
+
+    All of a small batch, else as much as the features in float32 take twice over; at most FASTCLIP_WORKSPACE_MIB, 64.
+    """
+    n, d = x.shape
+    workspace = int(os.environ.get("FASTCLIP_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
+    most = workspace // accumulation_dtype(x.dtype).itemsize
+    return min(n, min(most, max(SMALL_PAIRS, 4 * n * d)) // n)
 
 
 def gives_gradients(x: Tensor) -> bool:
-    """Whether clip_loss is worth its room: it holds a quarter of the similarities of x's batch in float32, or more."""
-    return len(x) ** 2 <= workspace()
+    """Whether clip_loss, for which similarities are kept, is worth its room: it keeps a sixteenth of them or more."""
+    return 16 * kept_rows(x) >= len(x)
 
 
 def clip_loss(x, y, scale, weight, mean, normalize, needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -113,9 +120,10 @@ def clip_loss(x, y, scale, weight, mean, normalize, needs) -> tuple[Tensor, Tens
         for tensor, need in zip((x, y, scale), needs, strict=True)
     ]
     x, y = _rows_contiguous(x), _rows_contiguous(y)
-    scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize, workspace(), *grads))
+    kept = kept_rows(x)
+    scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize, kept, *grads))
     weight = scale.new_empty(0) if weight is None else weight.contiguous()
-    _ops().clip_loss(x, y, float(scale), weight, mean, normalize, workspace(), scratch, loss, *grads)
+    _ops().clip_loss(x, y, float(scale), weight, mean, normalize, kept, scratch, loss, *grads)
     return loss, *grads
 
 

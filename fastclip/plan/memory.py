@@ -13,7 +13,7 @@ ADAMW = 8  # two float32 moments a weight
 FLOAT, INT64 = 4, 8
 GPU_WORKSPACE = 512 * 2**20  # of the Triton kernels, at most (kernels/configs.py)
 CPU_WORKSPACE = 16 * 2**20  # of the C++ kernels (backends/cpu.py)
-CPU_KEPT = 64 * 2**20  # what they keep of the similarities, at most; none where that is under a quarter
+CPU_SMALL, CPU_KEPT = 2**21, 2**24  # similarities they keep: all of a small batch, and at most
 CPU_VECTORS = 4 * 8  # sums, shifts and gaps of a row or column, float64
 
 
@@ -83,8 +83,9 @@ def _loss(setting: Setting) -> float:
     columns = setting.batch if setting.loss_mode == "gather" else n
     if setting.on_cpu:
         # Both sides packed; the gradients are made in place.
-        kept = min(FLOAT * n**2, CPU_KEPT) if world == 1 and n**2 <= CPU_KEPT else 0
-        return FLOAT * width * (n + columns) + CPU_VECTORS * (n + columns) + CPU_WORKSPACE + kept
+        kept = min(n**2, CPU_KEPT, max(CPU_SMALL, 4 * n * width)) if world == 1 else 0
+        kept *= 16 * kept >= n**2  # not worth the room otherwise
+        return FLOAT * (width * (n + columns) + kept) + CPU_VECTORS * (n + columns) + CPU_WORKSPACE
     # Normalised copies of both sides, and dy in float32 before it is rounded.
     bytes_ = b * width * (n + columns) + FLOAT * width * columns
     if world > 1 and setting.loss_mode == "gather":

@@ -126,6 +126,17 @@ def test_half_gradients_survive_any_upstream_gradient(upstream):
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=0.0)
 
 
+@pytest.mark.parametrize("upstream", [1.0, 65536.0])
+def test_sigmoid_gradients_are_rounded_after_the_loss_scale(upstream):
+    image, text = features(40, 33, "cpu", torch.float16)
+    half = [t.requires_grad_() for t in (image, text)]
+    wide = [t.detach().double().requires_grad_() for t in half]
+    got = torch.autograd.grad(upstream * siglip_loss(*half, 10.0, -5.0, backend="triton"), half)
+    want = torch.autograd.grad(upstream * siglip_loss(*wide, 10.0, -5.0, backend="eager"), wide)
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).norm() <= 2e-3 * w.norm()
+
+
 def test_weights_may_differ_by_many_orders():
     image, text = features(40, 33, "cpu", torch.float16)
     weight = torch.logspace(-12, 0, 40)
