@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastclip import ops
-from fastclip.registry import ONCE
+from fastclip.registry import scaled
 from fastclip.softmax import cross_entropy, gap
 
 
@@ -49,20 +49,5 @@ class _Agreement(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        return *_AgreementBackward.apply(upstream, *ctx.saved_tensors), *(None,) * 11
-
-
-class _AgreementBackward(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(upstream, image, text, by_row, by_col):
-        return upstream * by_row, upstream * by_col
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(ONCE)
+        image, text, *grads = ctx.saved_tensors
+        return *scaled(upstream, (image, text), grads), *(None,) * 11

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastclip import backends
 from fastclip.checks import accumulation_dtype
-from fastclip.registry import ONCE, like_or_empty, register, same_device, wanted, with_signature
+from fastclip.registry import LastGradient, like_or_empty, register, same_device, wanted, with_signature
 
 
 class Mask(NamedTuple):
@@ -110,24 +110,12 @@ class _SimilaritySums(torch.autograd.Function):
         return *wanted(grads, needs), *(None,) * 7
 
 
-class _SimilaritySumsBackward(torch.autograd.Function):
-    """A node of its own, tied to every input, so that differentiating twice raises on every path."""
-
-    generate_vmap_rule = True
-
+class _SimilaritySumsBackward(LastGradient):
     @staticmethod
     def forward(x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3):
         return torch.ops.fastclip.similarity_sums_backward(
             x, y, scale, positive, row_shift, col_shift, a, b, d, normalize, needs, backend, m0, m1, m2, m3
         )
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(ONCE)
 
 
 def _sums(x, y, scale, positive, normalize, backend, row_ids=None, col_ids=None, row_limit=None, col_limit=None):

@@ -81,14 +81,10 @@ def wanted(grads: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | Non
     return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-class _ScaleOnce(torch.autograd.Function):
-    generate_vmap_rule = True
+class LastGradient(torch.autograd.Function):
+    """Of a gradient: a node that is tied to its arguments, so that differentiating it raises."""
 
-    @staticmethod
-    def forward(upstream, *inputs_and_grads):
-        half = len(inputs_and_grads) // 2
-        inputs, grads = inputs_and_grads[:half], inputs_and_grads[half:]
-        return tuple((upstream * grad).to(input.dtype) for input, grad in zip(inputs, grads, strict=True))
+    generate_vmap_rule = True
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,6 +93,14 @@ class _ScaleOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_grads):
         raise RuntimeError(ONCE)
+
+
+class _ScaleOnce(LastGradient):
+    @staticmethod
+    def forward(upstream, *inputs_and_grads):
+        half = len(inputs_and_grads) // 2
+        inputs, grads = inputs_and_grads[:half], inputs_and_grads[half:]
+        return tuple((upstream * grad).to(input.dtype) for input, grad in zip(inputs, grads, strict=True))
 
 
 def _without_autocast(run: Callable) -> Callable:

@@ -47,6 +47,16 @@ void with_type(const Tensor& computed, const F& f) {
   }
 }
 
+// Calls f with the precision that the features x are multiplied in.
+template <class F>
+void with_precision_of(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Double: return f(double{});
+    case ScalarType::BFloat16: return isa().bf16.pack ? f(Bf16Dot{}) : f(float{});
+    default: f(float{});
+  }
+}
+
 int64_t padded(int64_t n, int64_t panel) { return (n + panel - 1) / panel * panel; }
 
 int64_t groups(int64_t count, int64_t unit) { return std::min(kMaxGroups, (count + unit - 1) / unit); }

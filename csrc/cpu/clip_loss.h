@@ -1,7 +1,8 @@
-// The CLIP loss, value and gradients in one call: what a bounded workspace holds of x^ y^T is made once, the rest twice.
+// The CLIP loss, value and gradients in one call: what a bounded workspace holds of x^ y^T is made once, the rest
+// twice.
 //
-// The kernels are the operators' own. What PyTorch does between them otherwise, O(N) of it (math.md, eq. 3, 4 and 6), is
-// a loop here: for a small batch the many small steps of a graph would take longer than the kernels.
+// The kernels are the operators' own. What PyTorch does between them otherwise, O(N) of it (math.md, eq. 3, 4 and 6),
+// is a loop here: for a small batch the many small steps of a graph would take longer than the kernels.
 #pragma once
 #include <numeric>
 
@@ -38,8 +39,8 @@ struct ClipLoss {
   bool mean;
 };
 
-// Which gradients are wanted, of x also for the scale's, and which of them are not summed where they will lie. kept_rows:
-// of x^ y^T, whole blocks of them.
+// Which gradients are wanted, of x also for the scale's, and which of them are not summed where they will lie.
+// kept_rows: of x^ y^T, whole blocks of them.
 struct ClipWants {
   bool dx, dy, scratch_dx, scratch_dy;
   int64_t kept_rows;
@@ -172,40 +173,17 @@ double loss_and_gradients(const ClipLoss<P>& loss, const ClipScratch<P>& room, F
   const Pack<P> of_y = {loss.y, loss.normalize, room.y_length, nullptr, room.y_columns, room.y_factor};
   kernels<P>().pack(of_x, of_y, for_elements(2 * n * D));
   std::iota(room.positive, room.positive + n, 0);
-  Similarity<P> S = {n,
-                     n,
-                     D,
-                     room.x_rows,
-                     room.y_columns,
-                     room.x_factor,
-                     room.y_factor,
-                     T(loss.scale),
-                     room.positive,
-                     nullptr,
-                     nullptr,
-                     true,
-                     {}};
+  Similarity<P> S = {
+      n,       n,       D,    room.x_rows, room.y_columns, room.x_factor, room.y_factor, T(loss.scale), room.positive,
+      nullptr, nullptr, true, {}};
   sums_of(S, room, loss.normalize ? 1.0 : largest(room.x_length, n) * largest(room.y_length, n));
   const double value = weigh_pairs(loss, room);
   if (!x.dx && !y.dx) return value;
 
   if (room.slope) room.slope[0] = 0.0;
-  const Gradients<P> gradients = {S,
-                                  room.dots,
-                                  room.kept_blocks,
-                                  room.x_rows,
-                                  nullptr,
-                                  D,
-                                  room.a,
-                                  room.b,
-                                  room.d,
-                                  room.wave,
-                                  room.x_pairs,
-                                  room.y_wave,
-                                  room.positive_g,
-                                  x.dx,
-                                  y.dx,
-                                  room.slope};
+  const Gradients<P> gradients = {
+      S,      room.dots, room.kept_blocks, room.x_rows, nullptr,         D,    room.a, room.b,
+      room.d, room.wave, room.x_pairs,     room.y_wave, room.positive_g, x.dx, y.dx,   room.slope};
   kernels<P>().gradients(gradients, parallel_for);
   kernels<P>().finish(x, y, for_elements((x.x.rows + y.x.rows) * D));
   if (grad_scale) *grad_scale = T(room.slope ? room.slope[0] : std::accumulate(x.inner, x.inner + n, 0.0));

@@ -27,6 +27,7 @@ void expect_large_pages(Tensor buffer) {
 
 void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_factor, Tensor x_rows, Tensor y_length,
           Tensor y_factor, Tensor y_rows, Tensor y_columns) {
+  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "x and y must have the same dtype");
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
     const Pack<P> of_x = pack_rows<P>(x, normalize, x_length, x_factor, x_rows);
@@ -40,8 +41,8 @@ void pack(Tensor x, Tensor y, bool normalize, Tensor x_length, Tensor x_factor, 
 // True if every sum is in the range where a fixed shift loses nothing.
 bool sums(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
           double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum,
-          Tensor col_sum, Tensor pos) {
+          Tensor row_shift, Tensor col_shift, Tensor row_partial, Tensor col_partial, Tensor row_sum, Tensor col_sum,
+          Tensor pos) {
   bool lost_nothing = false;
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
@@ -124,9 +125,9 @@ void ranks(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, in
 
 void gradients(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, int64_t n, int64_t m, int64_t d,
                double scale, Tensor positive, Tensor row_ids, Tensor col_ids, Tensor row_limit, Tensor col_limit,
-               Tensor row_shift, Tensor col_shift, Tensor x_values, Tensor y_values, int64_t width,
-               Tensor grad_row_sum, Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor x_pairs, Tensor y_wave,
-               Tensor positive_g, Tensor dx, Tensor dy, Tensor slope) {
+               Tensor row_shift, Tensor col_shift, Tensor x_values, Tensor y_values, int64_t width, Tensor grad_row_sum,
+               Tensor grad_col_sum, Tensor grad_pos, Tensor wave, Tensor x_pairs, Tensor y_wave, Tensor positive_g,
+               Tensor dx, Tensor dy, Tensor slope) {
   with_precision(x_rows, [&](auto precision) {
     typedef decltype(precision) P;
     typedef Real<P> T;
@@ -185,16 +186,6 @@ void sigmoid(Tensor x_rows, Tensor y_columns, Tensor x_factor, Tensor y_factor, 
   });
 }
 
-// Calls f with the precision that the features x are multiplied in.
-template <class F>
-void with_precision_of(const Tensor& x, const F& f) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return isa().bf16.pack ? f(Bf16Dot{}) : f(float{});
-    default: f(float{});
-  }
-}
-
 // An empty gradient is not wanted. One in the type that sums are made in, and without padding, is summed in place.
 template <class P>
 ClipWants wants(int64_t d, int64_t kept_rows, const Tensor& grad_x, const Tensor& grad_y, const Tensor& grad_scale) {
@@ -231,7 +222,8 @@ Finish<Real<P>> clip_side(const Tensor& x, const Tensor& grad, Real<P>* scratch,
 void clip_loss(Tensor x, Tensor y, double scale, Tensor weight, bool mean, bool normalize, int64_t kept_rows,
                Tensor scratch, Tensor loss, Tensor grad_x, Tensor grad_y, Tensor grad_scale) {
   const int64_t n = x.size(0), d = x.size(1);
-  STD_TORCH_CHECK(y.size(0) == n && y.size(1) == d, "x and y must have the same shape");
+  STD_TORCH_CHECK(y.size(0) == n && y.size(1) == d && y.scalar_type() == x.scalar_type(),
+                  "x and y must have the same shape and dtype");
   const int64_t bytes = clip_loss_bytes(x, normalize, kept_rows, grad_x, grad_y, grad_scale);
   Carver room(data<uint8_t>(scratch, bytes, "scratch"));
   with_precision_of(x, [&](auto precision) {
@@ -239,8 +231,8 @@ void clip_loss(Tensor x, Tensor y, double scale, Tensor weight, bool mean, bool 
     typedef Real<P> T;
     const ClipWants want = wants<P>(d, kept_rows, grad_x, grad_y, grad_scale);
     const ClipScratch<P> s(room, n, d, normalize, want);
-    const ClipLoss<P> p = {features(x), features(y), normalize, scale,
-                           weight.numel() ? data<T>(weight, n, "weight") : nullptr, mean};
+    const ClipLoss<P> p = {
+        features(x), features(y), normalize, scale, weight.numel() ? data<T>(weight, n, "weight") : nullptr, mean};
     T* slope = grad_scale.numel() ? data<T>(grad_scale, 1, "grad_scale") : nullptr;
     Finish<T> of_x = {}, of_y = {};
     if (want.dx) of_x = clip_side<P>(x, grad_x, s.dx, s.x_factor, scale, normalize, slope ? s.inner : nullptr);
@@ -268,7 +260,9 @@ STABLE_TORCH_LIBRARY(fastclip_cpu, m) {
   m.def("panel(bool is_double) -> int");
   m.def("has_bf16_dot() -> bool");
   m.def("expect_large_pages(Tensor(a!) buffer) -> ()");
-  m.def("clip_loss_bytes(Tensor x, bool normalize, int kept_rows, Tensor grad_x, Tensor grad_y, Tensor grad_scale) -> int");
+  m.def(
+      "clip_loss_bytes(Tensor x, bool normalize, int kept_rows, Tensor grad_x, Tensor grad_y, Tensor grad_scale) -> "
+      "int");
   m.def(
       "clip_loss(Tensor x, Tensor y, float scale, Tensor weight, bool mean, bool normalize, int kept_rows,"
       " Tensor(a!) scratch, Tensor(b!) loss, Tensor(c!) grad_x, Tensor(d!) grad_y, Tensor(e!) grad_scale) -> ()");

@@ -166,9 +166,9 @@ struct Sigmoid {
   Real<P>*positive_g, *dx, *dy;
 };
 
-// grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type, or as T with wide; inner
-// [rows] = <x^, dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided by first;
-// null: 1.
+// grad = (scale dx - x^ <x^, scale dx>) / length (math.md, eq. 8) as the features' element type, or as T with wide;
+// inner [rows] = <x^, dx>. x: the features as they came; x.rows = 0: nothing to do. factor [rows]: what dx is divided
+// by first; null: 1.
 template <class T>
 struct Finish {
   Features x;

@@ -148,8 +148,8 @@ static void sum_rows(const Sigmoid<P>& p, const Wave<P>& wave) {
 
 template <class P>
 static void sigmoid(const Sigmoid<P>& p, ParallelFor run) {
-  const Gradients<P> products = {p.S,    nullptr, 0,   p.S.x_rows, nullptr,      p.S.D, nullptr, nullptr, nullptr,
-                                 p.wave, p.x_pairs, p.y_wave,   p.positive_g, p.dx,  p.dy,    nullptr};
+  const Gradients<P> products = {p.S,     nullptr, 0,         p.S.x_rows, nullptr,      p.S.D, nullptr, nullptr,
+                                 nullptr, p.wave,  p.x_pairs, p.y_wave,   p.positive_g, p.dx,  p.dy,    nullptr};
   for_waves(
       products, run, [&](const Wave<P>& wave) { return sigmoid_wave(p, products, wave); },
       [&](const Wave<P>& wave) { sum_rows(p, wave); });
