@@ -88,8 +88,9 @@ def clip_loss(
         return distributed.clip_loss(checked, group, reduction, return_stats)
     image, text, scale, weight, ids, options = checked()
 
-    is_plain = options == Options(normalize, backend=backend) and ids is None and reduction != "none"
-    if is_plain and not return_stats and plain.serves(image, weight, backend):
+    has_options = label_smoothing or hardness or false_negative_margin is not None or ids is not None
+    is_plain = not (has_options or return_stats or reduction == "none")
+    if is_plain and plain.serves(image, weight, backend):
         return plain.clip_loss(image, text, scale, weight, reduction == "mean", normalize, backend)
     pairs = gaps(image, text, scale, None, options, ids, ids)
     losses = symmetric_cross_entropy(pairs)

@@ -70,8 +70,8 @@ def test_what_is_kept_of_the_similarities_changes_no_bit(monkeypatch, n, dtype):
     image, text = features(n, 9, "cpu", dtype)
     scale = torch.tensor(20.0, dtype=accumulation_dtype(dtype))
     results = []
-    for mib in ("0", "1", "64"):
-        monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", mib)
+    for mib in (0, 1, 64):
+        monkeypatch.setattr(cpu, "WORKSPACE", mib * 2**20)
         args = (image, text, scale, None, True, True, [True] * 3, "cpu")
         results.append(torch.ops.fastclip.clip_loss(*args))
     for other in results[1:]:
@@ -90,11 +90,11 @@ def test_how_much_of_the_similarities_is_kept(n, d, rows):
 
 
 def test_a_batch_is_taken_if_a_sixteenth_of_its_similarities_is_kept(calls, monkeypatch):
-    monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "1")
+    monkeypatch.setattr(cpu, "WORKSPACE", 2**20)
     for n in (2048, 2049):
         clip_loss(*features(n, 2), 5.0, backend="cpu")
     assert [len(args[0]) for args in calls] == [2048]
-    monkeypatch.setenv("FASTCLIP_WORKSPACE_MIB", "0")
+    monkeypatch.setattr(cpu, "WORKSPACE", 0)
     clip_loss(*features(2, 2), 5.0, backend="cpu")
     assert len(calls) == 1
 

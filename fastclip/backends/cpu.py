@@ -22,7 +22,8 @@ from fastclip.checks import accumulation_dtype, early_gradient_dtype
 # csrc/cpu/problem.h's kBlock, kWave and kMaxGroups, and the columns of a group in ops.cpp
 BLOCK, WAVE_BLOCKS, MAX_GROUPS, GROUP_COLUMNS = 192, 10, 32, 64
 
-DEFAULT_WORKSPACE_MIB = 64  # of similarities that clip_loss keeps for its gradients
+# Bytes of similarities that clip_loss may keep for its gradients.
+WORKSPACE = int(os.environ.get("FASTCLIP_WORKSPACE_MIB", "64")) * 2**20
 SMALL_PAIRS = 2**21  # of a batch whose similarities are all kept, whatever its width
 KEPT_BYTES = 2**23  # of scratch that a thread holds on to
 LARGE_BYTES = 2**22  # from here on a buffer asks for pages of 2 MiB
@@ -99,11 +100,11 @@ def sigmoid_loss(x, y, scale, bias, positive, row_weight, normalize, needs, mask
 def kept_rows(x: Tensor) -> int:
     """How many rows of the N x N similarities clip_loss holds for its gradients.
 
-    All of a small batch, else as much as the features in float32 take twice over; at most FASTCLIP_WORKSPACE_MIB, 64.
+    All of a small batch, else as much as the features in float32 take twice over; at most FASTCLIP_WORKSPACE_MIB (64 if
+    it is not set when fastclip is imported).
     """
     n, d = x.shape
-    workspace = int(os.environ.get("FASTCLIP_WORKSPACE_MIB", DEFAULT_WORKSPACE_MIB)) * 2**20
-    most = workspace // accumulation_dtype(x.dtype).itemsize
+    most = WORKSPACE // accumulation_dtype(x.dtype).itemsize
     return min(n, min(most, max(SMALL_PAIRS, 4 * n * d)) // n)
 
 
@@ -115,10 +116,9 @@ def gives_gradients(x: Tensor) -> bool:
 def clip_loss(x, y, scale, weight, mean, normalize, needs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator's contract: plain.py."""
     loss = scale.new_empty(())
-    grads = [
-        _new(tensor.shape if need else (0,), early_gradient_dtype(tensor.dtype))
-        for tensor, need in zip((x, y, scale), needs, strict=True)
-    ]
+    dtype = early_gradient_dtype(x.dtype)
+    grads = [_new(of.shape if need else (0,), dtype) for of, need in ((x, needs[0]), (y, needs[1]))]
+    grads.append(scale.new_empty(() if needs[2] else (0,)))
     x, y = _rows_contiguous(x), _rows_contiguous(y)
     kept = kept_rows(x)
     scratch = _scratch.of(_ops().clip_loss_bytes(x, normalize, kept, *grads))
