@@ -55,7 +55,7 @@ def summary(results: dict[str, Any], config: DemoConfig) -> str:
             *retrieval_lines(results["retrieval"]),
             "",
             f"Handwritten digits, zero-shot: {digits['accuracy']:.1%} of {digits['scans']:,} (chance 10%).",
-            f"Memory: peak {memory['peak_mib']:,.0f} MiB for the whole process; similarities take at most 64 MiB of it, at any N.",
+            f"Memory: peak {memory['peak_mib']:,.0f} MiB for the whole process, at most 64 of them similarities.",
             f"  The dense loss would add {dense}, {dense_large}",
             f"  ({memory['dense_counts']}).",
             f"Time: {seconds}.",
