@@ -103,7 +103,11 @@ class _SigmoidRows(torch.autograd.Function):
         grads = torch.ops.fastclip.sigmoid_loss(
             x, y, scale, bias, positive, upstream, ctx.normalize, needs, ctx.backend, row_ids, col_ids, ctx.match
         )[1:]
-        grads = scaled(torch.ones_like(scale), (x, y, scale, bias), grads)
+        inputs = (x, y, scale, bias)
+        if torch.is_grad_enabled():
+            grads = scaled(torch.ones_like(scale), inputs, grads)
+        else:
+            grads = [grad.to(tensor.dtype) for grad, tensor in zip(grads, inputs, strict=True)]
         return *wanted(grads, needs), *(None,) * 7
 
 
